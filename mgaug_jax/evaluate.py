@@ -1,0 +1,75 @@
+"""Meta-test: the full network, without pruning or perturbation, on many episodes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mgaug_jax.learners import identity
+from mgaug_jax.losses import accuracy
+from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.types import Array, Method, MetaParams, Task
+
+
+class Scores(NamedTuple):
+    """Query scores, one per episode `[E]`.
+
+    Attributes:
+      adapted: After the inner loop.
+      initial: Before its first step (step 0). For ProtoNet, which has no steps, the same.
+    """
+
+    adapted: Array
+    initial: Array
+
+
+class Interval(NamedTuple):
+    """A mean, the half width of its interval, the standard deviation and number of episodes."""
+
+    mean: Array
+    half_width: Array
+    std: Array
+    episodes: int
+
+
+def interval(scores: Array, z: float = 1.96) -> Interval:
+    """`mean +- z std / sqrt(E)` over episodes `[E]`, std with E in the denominator (released code);
+    95 % for z = 1.96."""
+    std = jnp.std(scores)
+    return Interval(jnp.mean(scores), z * std / len(scores) ** 0.5, std, len(scores))
+
+
+def evaluate(
+    method: Method,
+    key: Array,
+    params: MetaParams,
+    sample: Callable[[Array, Any], Task],
+    data: Any,
+    episodes: int,
+    score: Callable[[Array, Array], Array] = accuracy,
+) -> Scores:
+    """Scores of `episodes` tasks; episode e is `sample(fold_in(key, e), data)`.
+
+    Args:
+      method: Only its network and algorithm are used: meta-test adapts with plain gradients.
+      key: Seed of the episodes. The same key, sampler and data give the same episodes whatever
+        the method, so that two runs can be compared pair by pair.
+      params: Meta-parameters.
+      sample: Gives tasks with a leading axis, of which the first is taken.
+      data: What `sample` draws from.
+      episodes: E.
+      score: `(outputs [n, d], y [n, d]) -> scalar`.
+    """
+    learner = method.algorithm(method.net, identity())
+
+    def episode(e: Array) -> Scores:
+        k_sample, k_adapt = jax.random.split(jax.random.fold_in(key, e))
+        task = jax.tree.map(lambda leaf: leaf[0], sample(k_sample, data))
+        judge = lambda fast: score(learner.predict(fast, task.query.x), task.query.y)
+        return Scores(
+            adapted=judge(learner.adapt(k_adapt, params, task.support)),
+            initial=judge(learner.start(params, task.support)),
+        )
+
+    return map_tasks(method.net, episode, jnp.arange(episodes))

@@ -1,0 +1,154 @@
+"""Inner loops: gradient descent on the support set, and class prototypes.
+
+A learner sees one task and one network. It knows neither masks (a pruned network is a `Net` like
+any other) nor the outer loop. First order is a transform of its gradients, `detach`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mgaug_jax.losses import cross_entropy
+from mgaug_jax.types import Array, Examples, Learner, Loss, MetaParams, Net, Params, Transform
+
+Forward = Callable[[Net, Params, Examples, Array], Array]
+"""`(net, params, support, x) -> outputs`: how the adapted network meets its queries."""
+
+
+class Fast(NamedTuple):
+    """Task parameters, and the support set a prediction may be normalised by."""
+
+    params: Params
+    support: Examples
+
+
+def transductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
+    """Batch norm of the queries by their own statistics, as the released code does."""
+    del support
+    return net.apply(params, x)
+
+
+def inductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
+    """Batch norm of the queries by the support's statistics: one query's prediction does not
+    depend on the others."""
+    if net.apply_by_first is None:
+        raise ValueError(
+            "inductive normalises the queries by the support's statistics, but this network "
+            "cannot choose its statistics. Use conv4 or resnet10, or transductive."
+        )
+    n = len(support.x)
+    return net.apply_by_first(params, jnp.concatenate([support.x, x]), n)[n:]
+
+
+def detach() -> Transform:
+    """`stop_gradient` of the inner gradients: MAML becomes first order."""
+    return optax.with_extra_args_support(
+        optax.stateless(lambda updates, _: jax.lax.stop_gradient(updates))
+    )
+
+
+def descend(
+    net: Net,
+    inner: Transform,
+    *,
+    steps: int,
+    rule: Callable[[dict], optax.GradientTransformation],
+    extra: Callable[[Params], dict] = lambda params: {},
+    loss: Loss = cross_entropy,
+    forward: Forward = transductive,
+) -> Learner:
+    """`theta <- theta + rule(inner(grad loss(theta; support)))`, `steps` times from `params.net`.
+
+    Args:
+      net: The network; all of its leaves are handed to `rule`.
+      inner: Transform of the gradients; step i gets `key=fold_in(key, i)`.
+      steps: Number of inner steps, static.
+      rule: `params.extra -> optax transform`, the inner optimiser. Adam and its kin need
+        `eps_root > 0` under MAML: the second derivative at a zero gradient is NaN without it.
+      extra: `initial weights -> params.extra`, what is learned beside the weights.
+      loss: Of the support, and of the query in the outer loop.
+      forward: `transductive` or `inductive` prediction of the queries.
+
+    Raises:
+      ValueError: `steps` is not a positive integer.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps} inner steps were asked for; take an integer of 1 or more.")
+
+    def init(key: Array) -> MetaParams:
+        params = net.init(key)
+        return MetaParams(params, extra(params))
+
+    def adapt(key: Array, params: MetaParams, support: Examples) -> Fast:
+        tx = optax.chain(inner, rule(params.extra))
+
+        def fit(theta: Params) -> Array:
+            return loss(net.apply(theta, support.x), support.y)
+
+        def step(carry, i: Array):
+            theta, state = carry
+            grads = jax.grad(fit)(theta)
+            updates, state = tx.update(grads, state, theta, key=jax.random.fold_in(key, i))
+            return (optax.apply_updates(theta, updates), state), None
+
+        carry = params.net, tx.init(params.net)
+        (theta, _), _ = jax.lax.scan(step, carry, jnp.arange(steps))
+        return Fast(theta, support)
+
+    return Learner(
+        init=init,
+        start=lambda params, support: Fast(params.net, support),
+        adapt=adapt,
+        predict=lambda fast, x: forward(net, fast.params, fast.support, x),
+        loss=loss,
+    )
+
+
+class Prototypes(NamedTuple):
+    """The embedding's parameters and the class means `[W, d]`."""
+
+    params: Params
+    means: Array
+
+
+def prototypes(net: Net, inner: Transform) -> Learner:
+    """ProtoNet: logits `-|z - c_n|^2`, `c_n` the mean support embedding of class n (Snell 2017).
+
+    Support and query are embedded by separate calls, each with its own batch statistics. There is
+    no inner gradient for `inner` to change, so anything but the identity is refused.
+
+    Raises:
+      ValueError: `inner` is not `optax.identity()`.
+    """
+    if inner.update is not _IDENTITY.update:
+        raise ValueError(
+            "A transform of the inner-loop gradients was asked for, but protonet has no inner "
+            "loop. Transform the meta-gradient instead: give it to the outer optimiser."
+        )
+
+    def embed(params: MetaParams, support: Examples) -> Prototypes:
+        sums = support.y.T @ net.apply(params.net, support.x)
+        return Prototypes(params.net, sums / jnp.sum(support.y, axis=0)[:, None])
+
+    def predict(fast: Prototypes, x: Array) -> Array:
+        z = net.apply(fast.params, x)
+        return -jnp.sum(jnp.square(z[:, None] - fast.means), axis=-1)
+
+    return Learner(
+        init=lambda key: MetaParams(net.init(key), {}),
+        start=embed,
+        adapt=lambda key, params, support: embed(params, support),
+        predict=predict,
+        loss=cross_entropy,
+    )
+
+
+_IDENTITY = optax.with_extra_args_support(optax.identity())
+
+
+def identity() -> Transform:
+    """Leaves the inner gradients as they are."""
+    return _IDENTITY

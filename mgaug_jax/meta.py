@@ -1,0 +1,209 @@
+"""The outer loop, top to bottom: episode -> masks -> adapt -> meta-gradient -> update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mgaug_jax.losses import accuracy
+from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.resize import resize_task
+from mgaug_jax.types import Array, Method, MetaParams, Net, Params, Probe, Task
+
+Info = dict[str, Array]
+
+
+def subnet(net: Net, mask: Params) -> Net:
+    """`net` with its weights multiplied by `mask` forwards, and hence every gradient backwards."""
+
+    def masked(f):
+        return f and (lambda params, *rest: f(jax.tree.map(jnp.multiply, params, mask), *rest))
+
+    return net._replace(apply=masked(net.apply), apply_by_first=masked(net.apply_by_first))
+
+
+class View(NamedTuple):
+    """What one network makes of one task.
+
+    Attributes:
+      loss: Query loss after adaptation.
+      logits: Query outputs `[n, d]`.
+      grads: Gradient of `loss` with respect to the meta-parameters, through the inner loop.
+    """
+
+    loss: Array
+    logits: Array
+    grads: MetaParams
+
+
+def view(method: Method, key: Array, params: MetaParams, task: Task, mask: Params = None) -> View:
+    """Adapts the network (masked by `mask`, if given) on the support and scores it on the query."""
+    net = method.net if mask is None else subnet(method.net, mask)
+    learner = method.algorithm(net, method.inner)
+
+    def query_loss(params: MetaParams) -> tuple[Array, Array]:
+        fast = learner.adapt(key, params, task.support)
+        logits = learner.predict(fast, task.query.x)
+        return learner.loss(logits, task.query.y), logits
+
+    (loss, logits), grads = jax.value_and_grad(query_loss, has_aux=True)(params)
+    return View(loss, logits, grads)
+
+
+def probe(method: Method, params: MetaParams, task: Task, grads: MetaParams) -> Probe:
+    """What the pruner is shown of a task: the full view's gradient, the loss before adapting."""
+    learner = method.algorithm(method.net, method.inner)
+
+    def query_loss(weights: Params) -> Array:
+        fast = learner.start(params._replace(net=weights), task.support)
+        return learner.loss(learner.predict(fast, task.query.x), task.query.y)
+
+    return Probe(grads.net, query_loss)
+
+
+def meta_gradient(
+    method: Method, key: Array, params: MetaParams, tasks: Task
+) -> tuple[MetaParams, Info]:
+    """Gradient of `method.reduce` over tasks of `views.reduce` over networks (Eq. 7).
+
+    Every view's gradient is taken on its own; the reductions then weigh them by their derivative
+    with respect to the losses, which is the chain rule: sum, mean, maximum or anything else.
+
+    Args:
+      method: The method.
+      key: Randomness of the inner loops, masks and resolutions.
+      params: Meta-parameters.
+      tasks: A meta-batch, every leaf with a leading axis T.
+
+    Returns:
+      The gradient, and the step's `loss` (the objective), and `query_loss` and `score` (accuracy;
+      0 for regression) of the full networks after adaptation, averaged over tasks.
+    """
+    views = method.views
+    k_inner, k_masks, k_sizes, k_views = jax.random.split(key, 4)
+    number = jnp.arange(len(tasks.query.y))
+    keys = lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, number)
+
+    def full_view(k_inner: Array, k_masks: Array, task: Task):
+        full = view(method, k_inner, params, task)
+        info = {"query_loss": full.loss, "accuracy": accuracy(full.logits, task.query.y)}
+        masks = None
+        if views is not None:
+            shown = probe(method, params, task, full.grads)
+            masks = views.masks(k_masks, method.net, params.net, shown)
+        return full.loss, full.grads, info, masks
+
+    losses, grads, info, masks = map_tasks(
+        method.net, full_view, keys(k_inner), keys(k_masks), tasks
+    )
+
+    def combine(losses: Array, grads: MetaParams, over_views) -> tuple[MetaParams, Array]:
+        """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective."""
+        objective = lambda losses: method.reduce(jax.vmap(over_views)(losses))
+        loss, weights = jax.value_and_grad(objective)(losses)
+        return jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=2), grads), loss
+
+    def plain() -> tuple[MetaParams, Array]:
+        lone = jax.tree.map(lambda leaf: leaf[:, None], (losses, grads))
+        return combine(*lone, over_views=jnp.sum)
+
+    def augmented() -> tuple[MetaParams, Array]:
+        def pruned(u: Array, masks: Params):
+            k_view = jax.random.fold_in(k_views, u)
+
+            def at(size: int | None):
+                def one(key: Array, task: Task, mask: Params):
+                    return view(method, key, params, resize_task(task, size), mask)[::2]
+
+                return lambda: map_tasks(method.net, one, keys(k_view), tasks, masks)
+
+            if not views.sizes:
+                return at(None)()
+            # One resolution for all tasks, chosen by an index that is not batched: only the
+            # chosen branch runs, at its own size.
+            k_size = jax.random.fold_in(k_sizes, u)
+            index = jax.random.randint(k_size, (), 0, len(views.sizes))
+            return jax.lax.switch(index, [at(size) for size in views.sizes])
+
+        by_view = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), masks)
+        pruned_views = jax.lax.map(lambda args: pruned(*args), (jnp.arange(views.count), by_view))
+        join = lambda full, rest: jnp.concatenate([full[:, None], jnp.moveaxis(rest, 0, 1)], 1)
+        joined = jax.tree.map(join, (losses, grads), pruned_views)
+        return combine(*joined, over_views=views.reduce)
+
+    if views is None:
+        grads, loss = plain()
+    elif views.active is True:
+        grads, loss = augmented()
+    else:
+        grads, loss = jax.lax.cond(views.active, augmented, plain)
+    return grads, {"loss": loss, **jax.tree.map(jnp.mean, info)}
+
+
+class State(NamedTuple):
+    """All that the next meta-step needs.
+
+    Attributes:
+      step: Meta-steps done, int32.
+      params: Meta-parameters.
+      opt: State of the outer optimiser.
+    """
+
+    step: Array
+    params: MetaParams
+    opt: Any
+
+
+class Trainer(NamedTuple):
+    """Meta-training as two pure functions.
+
+    Attributes:
+      init: `key -> State`.
+      step: `(key, state, tasks) -> (state, info)`, one meta-update.
+    """
+
+    init: Callable[[Array], State]
+    step: Callable[[Array, State, Task], tuple[State, Info]]
+
+
+def trainer(
+    method: Method | Callable[[Array], Method], optimizer: optax.GradientTransformation
+) -> Trainer:
+    """The trainer of `method` with the outer `optimizer` (the papers: `optax.adam(1e-3)`).
+
+    Any number of a method may depend on the meta-step: give `step -> Method`, and the number is
+    traced, so nothing is compiled again.
+    """
+    at = method if not isinstance(method, Method) else lambda step: method
+
+    def init(key: Array) -> State:
+        first = at(jnp.zeros((), jnp.int32))
+        params = first.algorithm(first.net, first.inner).init(key)
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def step(key: Array, state: State, tasks: Task) -> tuple[State, Info]:
+        grads, info = meta_gradient(at(state.step), key, state.params, tasks)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, opt), info
+
+    return Trainer(init, step)
+
+
+def run(
+    trainer: Trainer, sample, key: Array, state: State, data: Any, steps: int
+) -> tuple[State, Info]:
+    """`steps` meta-updates as one scan, info stacked `[steps]`.
+
+    Step i draws from `fold_in(key, i)`, so a run that is stopped and resumed sees what an
+    uninterrupted one sees. `data` is an argument of `sample(key, data) -> tasks`, never a closure,
+    which would copy it into the program.
+    """
+
+    def body(state: State, _):
+        k_sample, k_step = jax.random.split(jax.random.fold_in(key, state.step))
+        return trainer.step(k_step, state, sample(k_sample, data))
+
+    return jax.lax.scan(body, state, length=steps)

@@ -1,0 +1,122 @@
+"""The algorithms by name: each a composition of a learner and a transform of its gradients."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mgaug_jax.learners import Forward, descend, detach, identity, prototypes, transductive
+from mgaug_jax.losses import cross_entropy
+from mgaug_jax.types import Array, Loss, Method, Net, Params
+
+
+def maml(
+    net: Net,
+    *,
+    lr: float | Array = 0.01,
+    steps: int = 5,
+    loss: Loss = cross_entropy,
+    forward: Forward = transductive,
+) -> Method:
+    """MAML (Finn et al. 2017): SGD inner loop, meta-gradient through it (second order).
+
+    Args:
+      net: A network with as many outputs as ways.
+      lr: Inner learning rate, for the *mean* loss over the support. Rates quoted for code that
+        sums over classes and divides by the shot must be multiplied by the number of ways.
+      steps: Inner steps.
+      loss: `cross_entropy`, or `squared_error` for regression.
+      forward: `transductive` batch norm (the released code), or `inductive`.
+
+    Raises:
+      ValueError: `lr` is negative or not a number, or `steps` is not a positive integer.
+    """
+    check_rate("lr", lr)
+    return _gradient_method(net, steps, lambda extra: optax.sgd(lr), loss, forward)
+
+
+def fomaml(net: Net, **options) -> Method:
+    """First-order MAML: `maml` with detached inner gradients. Arguments as for `maml`."""
+    return maml(net, **options)._replace(inner=detach())
+
+
+def anil(
+    net: Net,
+    *,
+    lr: float | Array = 0.01,
+    steps: int = 5,
+    loss: Loss = cross_entropy,
+    forward: Forward = transductive,
+) -> Method:
+    """ANIL (Raghu et al. 2020): MAML whose inner loop moves the head alone.
+
+    Raises:
+      ValueError: The network does not say which layer is its head; or as `maml`.
+    """
+    check_rate("lr", lr)
+    if not any(role.head for role in jax.tree.leaves(net.roles)):
+        raise ValueError(
+            "anil adapts the head alone, but this network names none. Give the name of its last "
+            "layer (from_linen(module, shape, head='Dense_1')), or use maml."
+        )
+
+    def only_head(updates: Params, _) -> Params:
+        return jax.tree.map(lambda u, r: u if r.head else jnp.zeros_like(u), updates, net.roles)
+
+    def rule(extra):
+        return optax.chain(optax.stateless(only_head), optax.sgd(lr))
+
+    return _gradient_method(net, steps, rule, loss, forward)
+
+
+def meta_sgd(
+    net: Net,
+    *,
+    lr: float | Array = 0.01,
+    steps: int = 1,
+    loss: Loss = cross_entropy,
+    forward: Forward = transductive,
+) -> Method:
+    """Meta-SGD (Li et al. 2017): `theta - a * grad`, with `a` learned entry by entry.
+
+    `a` starts at `lr` everywhere (the paper's own start could not be verified) and lives in
+    `params.extra["lr"]`; its sign is free. Second order; one inner step is the paper's.
+
+    Raises:
+      ValueError: As `maml`.
+    """
+    check_rate("lr", lr)
+
+    def rates(params: Params) -> dict[str, Params]:
+        return {"lr": jax.tree.map(lambda leaf: jnp.full_like(leaf, lr), params)}
+
+    def rule(extra):
+        scaled = lambda updates, _: jax.tree.map(lambda u, a: -a * u, updates, extra["lr"])
+        return optax.stateless(scaled)
+
+    return _gradient_method(net, steps, rule, loss, forward, extra=rates)
+
+
+def protonet(net: Net) -> Method:
+    """ProtoNet (Snell et al. 2017) on an embedding network (`way=None`)."""
+    return Method(net, prototypes, identity(), None, jnp.mean)
+
+
+def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
+    algorithm = partial(
+        descend, steps=steps, rule=rule, loss=loss, forward=forward, **options
+    )
+    method = Method(net, algorithm, identity(), None, jnp.mean)
+    algorithm(net, method.inner)  # refuses bad settings here, not at the first step
+    return method
+
+
+def check_rate(name: str, value: float | Array, upper: float = math.inf) -> None:
+    """Refuses a number that is NaN or outside [0, upper]; traced values are not looked at."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not 0 <= value <= upper:
+        limits = "0 or more" if upper == math.inf else f"between 0 and {upper:g}"
+        raise ValueError(f"{name}={value} was asked for; take a number of {limits}.")

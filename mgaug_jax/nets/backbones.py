@@ -1,0 +1,184 @@
+"""The papers' networks: Conv-4, ResNet-10, ResNet-18, and the regression MLP."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mgaug_jax.nets import lowering
+from mgaug_jax.nets.adapters import net_of
+from mgaug_jax.nets.layers import BatchNorm, Conv, Dense, normal_fan_out
+from mgaug_jax.types import Array, Net, Role
+
+
+class ConvNet(nn.Module):
+    """Blocks of conv 3x3, batch norm, ReLU, 2x2 max pool; then a linear head of `way` outputs."""
+
+    way: int | None
+    width: int
+    depth: int
+    first: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.depth):
+            x = Conv(self.width, name=f"conv{i}")(x)
+            x = BatchNorm(self.first, name=f"norm{i}")(x)
+            # max and ReLU commute, and the ReLU is cheaper on a quarter of the map
+            x = nn.relu(lowering.max_pool(x))
+        # Channels first, as PyTorch flattens: `Dense` on a smaller map then takes the rows that
+        # the released code takes.
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        return x if self.way is None else Dense(self.way, name="head")(x)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, projected where the shape changes."""
+
+    width: int
+    stride: int
+    first: int | None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def conv_norm(x: Array, size: int, stride: int, name: str) -> Array:
+            conv = Conv(self.width, size, stride, False, normal_fan_out, name=f"conv{name}")
+            return BatchNorm(self.first, name=f"norm{name}")(conv(x))
+
+        y = nn.relu(conv_norm(x, 3, self.stride, "0"))
+        y = conv_norm(y, 3, 1, "1")
+        if x.shape[-1] != self.width:
+            x = conv_norm(x, 1, self.stride, "_shortcut")
+        return nn.relu(x + y)
+
+
+def global_mean(x: Array) -> Array:
+    """`[n, h, w, c] -> [n, c]`: any resolution."""
+    return jnp.mean(x, (1, 2))
+
+
+def top_left_mean(x: Array) -> Array:
+    """Mean over rows and columns 0..4, the released code's pool; needs a map of 5x5 or more."""
+    if min(x.shape[1:3]) < 5:
+        raise ValueError(
+            f"top_left_mean averages 5x5 positions but the last map is {x.shape[1]}x{x.shape[2]}. "
+            "Use larger images or pool=global_mean."
+        )
+    return jnp.mean(x[:, :5, :5], (1, 2))
+
+
+class ResNet(nn.Module):
+    """7x7 stem, four stages of basic blocks, a pool, and a linear head of `way` outputs."""
+
+    way: int | None
+    blocks: int
+    pool: Callable[[Array], Array]
+    first: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Conv(64, 7, 2, False, normal_fan_out, name="conv")(x)
+        x = nn.relu(BatchNorm(self.first, name="norm")(x))
+        x = lowering.max_pool_3x3(x)
+        for stage in range(4):
+            for block in range(self.blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                name = f"stage{stage}_block{block}"
+                x = BasicBlock(64 * 2**stage, stride, self.first, name=name)(x)
+        x = self.pool(x)
+        return x if self.way is None else Dense(self.way, name="head")(x)
+
+
+def conv_roles(params) -> dict:
+    """Conv kernels prunable, their outputs, biases and norms narrowed by width, `head` apart."""
+
+    def role(path, leaf) -> Role:
+        if path[0].key == "head":
+            return Role(head=True)
+        return Role(prunable=leaf.ndim == 4, width=leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(role, params)
+
+
+def conv4(
+    way: int | None = 5,
+    *,
+    width: int = 64,
+    image: tuple[int, int, int] = (84, 84, 3),
+) -> Net:
+    """Conv-4: four blocks of `width` channels and, unless `way` is None, a linear head.
+
+    Args:
+      way: Number of classes; None for the embedding `[n, d]` that ProtoNet takes.
+      width: Channels of every block; 64 in MGAug, 32 in Finn's mini-ImageNet runs.
+      image: Height, width and channels of the largest images the network will see.
+
+    Returns:
+      A `Net`. 121,093 parameters for (84, 84, 3) and 5 ways, 113,088 without the head.
+
+    Raises:
+      ValueError: The images are too small for four halvings.
+    """
+    if min(image[:2]) < 16:
+        raise ValueError(
+            f"conv4 halves its input four times but the images are {image[0]}x{image[1]}. "
+            "Use images of at least 16x16."
+        )
+    module = ConvNet(way, width, depth=4)
+    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m))
+
+
+def resnet10(
+    way: int | None = 5,
+    *,
+    image: tuple[int, int, int] = (224, 224, 3),
+    pool: Callable[[Array], Array] = global_mean,
+) -> Net:
+    """ResNet-10: one basic block per stage. Arguments as for `conv4`.
+
+    `pool` makes `[n, c]` of the last map: `global_mean`, or the released code's `top_left_mean`.
+    """
+    return _resnet(way, 1, image, pool)
+
+
+def resnet18(
+    way: int | None = 5,
+    *,
+    image: tuple[int, int, int] = (224, 224, 3),
+    pool: Callable[[Array], Array] = global_mean,
+) -> Net:
+    """ResNet-18: two basic blocks per stage. Arguments as for `resnet10`."""
+    return _resnet(way, 2, image, pool)
+
+
+def _resnet(way, blocks, image, pool) -> Net:
+    module = ResNet(way, blocks, pool)
+    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m))
+
+
+class Perceptron(nn.Module):
+    """Dense layers with a ReLU after each but the last."""
+
+    hidden: tuple[int, ...]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, width in enumerate(self.hidden):
+            x = nn.relu(Dense(width, name=f"dense{i}")(x))
+        return Dense(self.outputs, name="head")(x)
+
+
+def mlp(hidden: tuple[int, ...] = (40, 40), *, inputs: int = 1, outputs: int = 1) -> Net:
+    """The regression network of the sinusoid problems: `[n, inputs] -> [n, outputs]`."""
+
+    def roles(params):
+        def role(path, leaf) -> Role:
+            if path[0].key == "head":
+                return Role(head=True)
+            return Role(prunable=leaf.ndim == 2, width=leaf.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(role, params)
+
+    return net_of(Perceptron(hidden, outputs), (inputs,), roles)

@@ -1,0 +1,89 @@
+"""Linen layers without state: batch norm on batch statistics, PyTorch's initialisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mgaug_jax.nets import lowering
+
+Array = jax.Array
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for kernels and biases."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def normal_fan_out(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """N(0, 2 / (kh kw out)), the released code's initialisation of ResNet kernels."""
+    kh, kw, _, out = shape
+    return jax.random.normal(key, shape, dtype) * (2 / (kh * kw * out)) ** 0.5
+
+
+class Conv(nn.Module):
+    """`kernel [size, size, in, features]`, with a bias unless told otherwise."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fan_in = self.size**2 * x.shape[-1]
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init or uniform_fan_in(fan_in), shape)
+        y = lowering.conv(x, kernel, self.stride, self.size // 2)
+        if self.use_bias:
+            y = y + self.param("bias", uniform_fan_in(fan_in), (self.features,))
+        return y
+
+
+class BatchNorm(nn.Module):
+    """`scale (x - mean) / sqrt(var + 1e-5) + bias`, statistics over batch, height and width.
+
+    The statistics are those of the first `first` examples, of all when it is None: there are no
+    running averages, so evaluation is transductive unless the caller says otherwise.
+    """
+
+    first: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        axes = tuple(range(x.ndim - 1))
+        source = x[: self.first]
+        mean = jnp.mean(source, axes)
+        var = jnp.mean(jnp.square(source - mean), axes)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return (x - mean) * (scale * jax.lax.rsqrt(var + 1e-5)) + bias
+
+
+class Dense(nn.Module):
+    """`x @ kernel[:d] + bias`, `d` the width of `x`.
+
+    `d` may be smaller than at initialisation: images of a lower resolution then meet the first `d`
+    rows of the kernel, which is what the released MGAug code does with its classifier.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        shape = (d, self.features)
+        if not self.is_initializing():
+            rows = self.get_variable("params", "kernel").shape[0]
+            if rows < d:
+                raise ValueError(
+                    f"The head was made for {rows} features but the input gives {d}; "
+                    "make the network with the largest image size it will see."
+                )
+            shape = (rows, self.features)
+        kernel = self.param("kernel", uniform_fan_in(shape[0]), shape)
+        bias = self.param("bias", uniform_fan_in(shape[0]), (self.features,))
+        return x @ kernel[:d] + bias

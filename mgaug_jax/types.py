@@ -1,0 +1,147 @@
+"""The records everything else is made of. No logic lives here.
+
+Axis letters: T tasks, U sub-networks, W way, K shot, Q queries per class, n examples.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+Array = jax.Array
+Params = Any
+"""A pytree of arrays."""
+Loss = Callable[[Array, Array], Array]
+"""`(outputs [n, d], y [n, d]) -> scalar`."""
+Transform = optax.GradientTransformationExtraArgs
+"""An optax transform whose `update` is handed `key=`."""
+
+
+class Examples(NamedTuple):
+    """`x [n, ...]` and `y [n, d]`: class probabilities (one-hot or soft) or regression targets."""
+
+    x: Array
+    y: Array
+
+
+class Task(NamedTuple):
+    """One episode: `support` (n = W K) to adapt on, `query` (n = W Q) to be judged on."""
+
+    support: Examples
+    query: Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one parameter array is to the network that holds it."""
+
+    prunable: bool = False
+    """Entries may be masked by parameter pruning (PP, CP)."""
+    width: int | None = None
+    """Axis that holds the output channels of a hidden layer, which width pruning (WP) narrows."""
+    head: bool = False
+    """Belongs to the last layer."""
+
+
+class Net(NamedTuple):
+    """A network as two pure functions and a description of its parameters.
+
+    Attributes:
+      init: `key -> params`.
+      apply: `(params, x [n, ...]) -> outputs [n, d]`.
+      roles: A `Role` for every leaf of `params`, in the same tree.
+      apply_by_first: `(params, x, m) -> outputs [n, d]`, batch norm taking its statistics from the
+        first `m` examples alone; None for a network that cannot.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Array], Array]
+    roles: Any
+    apply_by_first: Callable[[Params, Array, int], Array] | None = None
+
+
+class MetaParams(NamedTuple):
+    """What the outer loop learns: the initial weights and whatever else an algorithm learns."""
+
+    net: Params
+    extra: dict[str, Params]
+
+
+class Learner(NamedTuple):
+    """An inner loop.
+
+    Attributes:
+      init: `key -> MetaParams`.
+      start: `(params, support) -> fast`, the learner before its first inner step.
+      adapt: `(key, params, support) -> fast`, the learner after its last.
+      predict: `(fast, x [n, ...]) -> outputs [n, d]`.
+      loss: Compares outputs with `y`, in the inner and the outer loop.
+    """
+
+    init: Callable[[Array], MetaParams]
+    start: Callable[[MetaParams, Examples], Any]
+    adapt: Callable[[Array, MetaParams, Examples], Any]
+    predict: Callable[[Any, Array], Array]
+    loss: Loss
+
+
+Algorithm = Callable[[Net, Transform], Learner]
+"""An algorithm makes a learner of a (sub-)network and of a transform of its inner gradients."""
+
+
+class Probe(NamedTuple):
+    """What a pruner may look at, for one task.
+
+    Attributes:
+      grads: Gradient of the full network's query loss after adaptation, with respect to the
+        initial weights (MAML: through the inner loop; FoMAML: at the adapted weights).
+      query_loss: `params -> scalar`, query loss of the network before any inner step.
+    """
+
+    grads: Params
+    query_loss: Callable[[Params], Array]
+
+
+Pruner = Callable[[Array, Net, Params, Probe, Array], Params]
+"""`(key, net, params, probe, keep) -> mask`: 0/1 arrays in the tree of `params` (1 = kept)."""
+
+
+class Views(NamedTuple):
+    """The pruned sub-networks ("views") whose meta-gradients augment the full network's.
+
+    Attributes:
+      count: U, how many.
+      masks: `(key, net, params, probe) -> masks [U, ...]`, for one task.
+      sizes: Resolutions, one of which every view draws per meta-step; empty: the task's own.
+      reduce: `losses [1 + U] -> scalar`, full network first.
+      active: False leaves the views out of the step (may be traced).
+    """
+
+    count: int
+    masks: Callable[[Array, Net, Params, Probe], Params]
+    sizes: tuple[int, ...]
+    reduce: Callable[[Array], Array]
+    active: bool | Array
+
+
+class Method(NamedTuple):
+    """A meta-learning method: a network, an inner loop, and what modifies its gradients.
+
+    Attributes:
+      net: The network.
+      algorithm: Makes the learner of `net` or of a sub-network of it.
+      inner: Transform of the inner gradients in training; meta-test runs without it.
+      views: Sub-networks, or None for the plain method.
+      reduce: `task losses [T] -> scalar`.
+    """
+
+    net: Net
+    algorithm: Algorithm
+    inner: Transform
+    views: Views | None
+    reduce: Callable[[Array], Array]
+
+
+Modifier = Callable[[Method], Method]

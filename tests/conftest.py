@@ -1,0 +1,51 @@
+"""Strict JAX settings and the small problems every test file uses."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "mgaug_jax_xla"))
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mgaug_jax import nets
+from mgaug_jax.types import Examples, Task
+
+jax.config.update("jax_numpy_rank_promotion", "warn")
+jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+def make_tasks(key, tasks=2, way=3, shot=1, queries=2, shape=(16, 16, 1)) -> Task:
+    """A meta-batch of random images, every class with a mean of its own."""
+
+    def one(key) -> Task:
+        k_means, k_support, k_query = jax.random.split(key, 3)
+        means = jax.random.normal(k_means, (way, *shape))
+
+        def part(key, n: int) -> Examples:
+            x = jnp.repeat(means, n, axis=0)
+            x = x + 0.5 * jax.random.normal(key, x.shape)
+            return Examples(x, jnp.repeat(jnp.eye(way), n, axis=0))
+
+        return Task(part(k_support, shot), part(k_query, queries))
+
+    return jax.vmap(one)(jax.random.split(key, tasks))
+
+
+def small_conv(way=3, width=4):
+    return nets.conv4(way, width=width, image=(16, 16, 1))
