@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 a value that is not finite.
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import flags, logging
+from absl import flags
 
 EXIT_BAD_INPUT = 2
 
@@ -45,7 +45,6 @@ def _start(main, usage: str, positional: str) -> int:
             raise BadInput(f"{arguments[0]!r} is not a flag; flags are written --name=value.")
         if positional and not arguments:
             raise BadInput(f"nothing to read; give one {positional} or more.")
-        logging.use_absl_handler()
         return main(arguments) or 0
     except (flags.Error, BadInput) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

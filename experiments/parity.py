@@ -207,7 +207,8 @@ def hwio(kernel: np.ndarray) -> np.ndarray:
 
 def error(theirs, ours, floor: float = 0.0) -> float:
     """`|ours - theirs| / max(|theirs|, floor)` in Euclidean norm; infinite if a shape differs or a
-    number is not finite."""
+    number is not finite.
+    """
     theirs, ours = np.asarray(theirs), np.asarray(ours)
     if theirs.shape != ours.shape:
         return np.inf
@@ -218,8 +219,9 @@ def error(theirs, ours, floor: float = 0.0) -> float:
 
 
 def trees_agree(what: str, theirs: Params, ours: Params) -> Iterator[Row]:
-    """A row per leaf. A bias before a batch norm has a true gradient of zero, so the scale of a leaf
-    is at least 1e-6 of the whole tree's."""
+    """A row per leaf. A bias before a batch norm has a true gradient of zero, so a leaf's norm
+    counts as at least 1e-6 of the whole tree's.
+    """
     floor = 1e-6 * float(optax.tree.norm(theirs))
     leaves = jax.tree_util.tree_leaves_with_path(theirs)
     for (path, leaf), mine in zip(leaves, jax.tree.leaves(ours), strict=True):

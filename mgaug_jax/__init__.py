@@ -1,11 +1,11 @@
 """Few-shot meta-learning by modified gradients, as pure JAX functions.
 
-    from mgaug_jax import cp, fomaml, nets, run, sampler, trainer
+from mgaug_jax import cp, fomaml, nets, run, sampler, trainer
 
-    method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
+method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 """
 
-from mgaug_jax import episodes, losses, nets, pruning
+from mgaug_jax import data, episodes, losses, nets, pruning
 from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluate import evaluate, interval
 from mgaug_jax.learners import descend, detach, identity, inductive, prototypes, transductive
@@ -32,6 +32,7 @@ __all__ = [
     "anil",
     "compose",
     "cp",
+    "data",
     "descend",
     "detach",
     "episodes",

@@ -39,15 +39,17 @@ def mutually_exclusive(key: Array, classes: int, way: int) -> Array:
 
 def fixed_labels(key: Array, classes: int, way: int) -> Array:
     """NME-A (MR-MAML, MetaMix): classes fall into W pools of neighbours, pool n always has label n;
-    a task takes one class of each. The first C mod W pools hold one class more."""
+    a task takes one class of each. The first C mod W pools hold one class more.
+    """
     sizes = np.full(way, classes // way) + (np.arange(way) < classes % way)
     starts = np.cumsum(sizes) - sizes
-    return starts + jax.random.randint(key, (way,), 0, sizes)
+    return jax.random.randint(key, (way,), starts, starts + sizes)
 
 
 def fixed_groups(key: Array, classes: int, way: int) -> Array:
     """NME-B (meta-augmentation): floor(C / W) groups of W neighbours, each one task with fixed
-    labels; the C mod W last classes are never used."""
+    labels; the C mod W last classes are never used.
+    """
     group = jax.random.randint(key, (), 0, classes // way)
     return group * way + jnp.arange(way)
 
@@ -132,7 +134,8 @@ def check(images: Images, way: int, shot: int, queries: int, name: str = "this s
 
 def permute_labels(key: Array, task: Task) -> Task:
     """The task with its labels shifted cyclically by a random number in 1..W-1: the same in support
-    and query, and no class keeps its label."""
+    and query, and no class keeps its label.
+    """
     way = task.support.y.shape[-1]
     shift = jax.random.randint(key, (), 1, way)
     return Task(*(part._replace(y=jnp.roll(part.y, shift, axis=-1)) for part in task))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mgaug_jax.learners import identity
 from mgaug_jax.losses import accuracy
 from mgaug_jax.nets.lowering import map_tasks
-from mgaug_jax.types import Array, Method, MetaParams, Task
+from mgaug_jax.types import Array, MetaParams, Method, Task
 
 
 class Scores(NamedTuple):
@@ -35,7 +35,8 @@ class Interval(NamedTuple):
 
 def interval(scores: Array, z: float = 1.96) -> Interval:
     """`mean +- z std / sqrt(E)` over episodes `[E]`, std with E in the denominator (released code);
-    95 % for z = 1.96."""
+    95 % for z = 1.96.
+    """
     std = jnp.std(scores)
     return Interval(jnp.mean(scores), z * std / len(scores) ** 0.5, std, len(scores))
 
@@ -46,7 +47,7 @@ def evaluate(
     params: MetaParams,
     sample: Callable[[Array, Any], Task],
     data: Any,
-    episodes: int,
+    episodes: int | Array,
     score: Callable[[Array, Array], Array] = accuracy,
 ) -> Scores:
     """Scores of `episodes` tasks; episode e is `sample(fold_in(key, e), data)`.
@@ -58,7 +59,7 @@ def evaluate(
       params: Meta-parameters.
       sample: Gives tasks with a leading axis, of which the first is taken.
       data: What `sample` draws from.
-      episodes: E.
+      episodes: E for episodes 0..E-1, or their numbers `[E]`.
       score: `(outputs [n, d], y [n, d]) -> scalar`.
     """
     learner = method.algorithm(method.net, identity())
@@ -72,4 +73,5 @@ def evaluate(
             initial=judge(learner.start(params, task.support)),
         )
 
-    return map_tasks(method.net, episode, jnp.arange(episodes))
+    numbers = jnp.arange(episodes) if isinstance(episodes, int) else episodes
+    return map_tasks(method.net, episode, numbers)

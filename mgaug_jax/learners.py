@@ -33,7 +33,8 @@ def transductive(net: Net, params: Params, support: Examples, x: Array) -> Array
 
 def inductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
     """Batch norm of the queries by the support's statistics: one query's prediction does not
-    depend on the others."""
+    depend on the others.
+    """
     if net.apply_by_first is None:
         raise ValueError(
             "inductive normalises the queries by the support's statistics, but this network "

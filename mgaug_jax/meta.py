@@ -10,7 +10,7 @@ import optax
 from mgaug_jax.losses import accuracy
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.resize import resize_task
-from mgaug_jax.types import Array, Method, MetaParams, Net, Params, Probe, Task
+from mgaug_jax.types import Array, MetaParams, Method, Net, Params, Probe, Task, Views
 
 Info = dict[str, Array]
 
@@ -38,7 +38,9 @@ class View(NamedTuple):
     grads: MetaParams
 
 
-def view(method: Method, key: Array, params: MetaParams, task: Task, mask: Params = None) -> View:
+def view(
+    method: Method, key: Array, params: MetaParams, task: Task, mask: Params | None = None
+) -> View:
     """Adapts the network (masked by `mask`, if given) on the support and scores it on the query."""
     net = method.net if mask is None else subnet(method.net, mask)
     learner = method.algorithm(net, method.inner)
@@ -78,68 +80,79 @@ def meta_gradient(
       tasks: A meta-batch, every leaf with a leading axis T.
 
     Returns:
-      The gradient, and the step's `loss` (the objective), and `query_loss` and `score` (accuracy;
-      0 for regression) of the full networks after adaptation, averaged over tasks.
+      The gradient, and the step's info: `loss`, the objective; `query_loss` and, where `y` has
+      more than one column, `accuracy` of the full networks after adaptation, means over tasks.
     """
+    k_inner, k_masks, k_views = jax.random.split(key, 3)
     views = method.views
-    k_inner, k_masks, k_sizes, k_views = jax.random.split(key, 4)
-    number = jnp.arange(len(tasks.query.y))
-    keys = lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, number)
 
     def full_view(k_inner: Array, k_masks: Array, task: Task):
         full = view(method, k_inner, params, task)
-        info = {"query_loss": full.loss, "accuracy": accuracy(full.logits, task.query.y)}
+        info = {"query_loss": full.loss}
+        if task.query.y.shape[-1] > 1:
+            info["accuracy"] = accuracy(full.logits, task.query.y)
         masks = None
         if views is not None:
             shown = probe(method, params, task, full.grads)
             masks = views.masks(k_masks, method.net, params.net, shown)
-        return full.loss, full.grads, info, masks
+        return (full.loss, full.grads), info, masks
 
-    losses, grads, info, masks = map_tasks(
-        method.net, full_view, keys(k_inner), keys(k_masks), tasks
-    )
+    keys = _task_keys(k_inner, tasks), _task_keys(k_masks, tasks)
+    full, info, masks = map_tasks(method.net, full_view, *keys, tasks)
 
-    def combine(losses: Array, grads: MetaParams, over_views) -> tuple[MetaParams, Array]:
+    def combine(per_view, over_views) -> tuple[MetaParams, Array]:
         """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective."""
+        losses, grads = per_view
         objective = lambda losses: method.reduce(jax.vmap(over_views)(losses))
         loss, weights = jax.value_and_grad(objective)(losses)
         return jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=2), grads), loss
 
     def plain() -> tuple[MetaParams, Array]:
-        lone = jax.tree.map(lambda leaf: leaf[:, None], (losses, grads))
-        return combine(*lone, over_views=jnp.sum)
+        return combine(jax.tree.map(lambda leaf: leaf[:, None], full), over_views=jnp.sum)
 
-    def augmented() -> tuple[MetaParams, Array]:
-        def pruned(u: Array, masks: Params):
-            k_view = jax.random.fold_in(k_views, u)
-
-            def at(size: int | None):
-                def one(key: Array, task: Task, mask: Params):
-                    return view(method, key, params, resize_task(task, size), mask)[::2]
-
-                return lambda: map_tasks(method.net, one, keys(k_view), tasks, masks)
-
-            if not views.sizes:
-                return at(None)()
-            # One resolution for all tasks, chosen by an index that is not batched: only the
-            # chosen branch runs, at its own size.
-            k_size = jax.random.fold_in(k_sizes, u)
-            index = jax.random.randint(k_size, (), 0, len(views.sizes))
-            return jax.lax.switch(index, [at(size) for size in views.sizes])
-
-        by_view = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), masks)
-        pruned_views = jax.lax.map(lambda args: pruned(*args), (jnp.arange(views.count), by_view))
+    def augmented(views: Views) -> tuple[MetaParams, Array]:
+        pruned = _pruned_views(method, views, k_views, params, tasks, masks)
         join = lambda full, rest: jnp.concatenate([full[:, None], jnp.moveaxis(rest, 0, 1)], 1)
-        joined = jax.tree.map(join, (losses, grads), pruned_views)
-        return combine(*joined, over_views=views.reduce)
+        return combine(jax.tree.map(join, full, pruned), over_views=views.reduce)
 
     if views is None:
         grads, loss = plain()
     elif views.active is True:
-        grads, loss = augmented()
+        grads, loss = augmented(views)
     else:
-        grads, loss = jax.lax.cond(views.active, augmented, plain)
+        grads, loss = jax.lax.cond(views.active, lambda: augmented(views), plain)
     return grads, {"loss": loss, **jax.tree.map(jnp.mean, info)}
+
+
+def _pruned_views(
+    method: Method, views: Views, key: Array, params: MetaParams, tasks: Task, masks: Params
+) -> tuple[Array, MetaParams]:
+    """Losses `[U, T]` and gradients `[U, T, ...]` of the sub-networks `masks [T, U, ...]`."""
+
+    def one_view(u: Array, masks: Params):
+        k_view, k_size = jax.random.split(jax.random.fold_in(key, u))
+        keys = _task_keys(k_view, tasks)
+
+        def at(size: int | None):
+            def one(key: Array, task: Task, mask: Params):
+                seen = view(method, key, params, resize_task(task, size), mask)
+                return seen.loss, seen.grads
+
+            return lambda: map_tasks(method.net, one, keys, tasks, masks)
+
+        if not views.sizes:
+            return at(None)()
+        # One resolution for all tasks, by an index that is not batched: of the branches, each at
+        # its own size, only the chosen one runs.
+        index = jax.random.randint(k_size, (), 0, len(views.sizes))
+        return jax.lax.switch(index, [at(size) for size in views.sizes])
+
+    by_view = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), masks)
+    return jax.lax.map(lambda args: one_view(*args), (jnp.arange(views.count), by_view))
+
+
+def _task_keys(key: Array, tasks: Task) -> Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(tasks.query.y)))
 
 
 class State(NamedTuple):
@@ -186,7 +199,7 @@ def trainer(
     def step(key: Array, state: State, tasks: Task) -> tuple[State, Info]:
         grads, info = meta_gradient(at(state.step), key, state.params, tasks)
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = MetaParams(*optax.apply_updates(state.params, updates))
         return State(state.step + 1, params, opt), info
 
     return Trainer(init, step)

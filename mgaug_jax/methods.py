@@ -105,18 +105,20 @@ def protonet(net: Net) -> Method:
 
 
 def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
-    algorithm = partial(
-        descend, steps=steps, rule=rule, loss=loss, forward=forward, **options
-    )
+    algorithm = partial(descend, steps=steps, rule=rule, loss=loss, forward=forward, **options)
     method = Method(net, algorithm, identity(), None, jnp.mean)
     algorithm(net, method.inner)  # refuses bad settings here, not at the first step
     return method
 
 
 def check_rate(name: str, value: float | Array, upper: float = math.inf) -> None:
-    """Refuses a number that is NaN or outside [0, upper]; traced values are not looked at."""
-    if isinstance(value, jax.core.Tracer):
+    """Refuses what is no number, NaN or outside [0, upper]; traced values are not looked at."""
+    try:
+        number = float(value)
+    except jax.errors.ConcretizationTypeError:
         return
-    if not 0 <= value <= upper:
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= upper or number == math.inf:
         limits = "0 or more" if upper == math.inf else f"between 0 and {upper:g}"
         raise ValueError(f"{name}={value} was asked for; take a number of {limits}.")

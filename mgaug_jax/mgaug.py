@@ -5,15 +5,19 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mgaug_jax import pruning
 from mgaug_jax.methods import check_rate
 from mgaug_jax.types import Array, Method, Modifier, Net, Params, Probe, Pruner, Views
 
 
-def keep_rates(key: Array, subnets: int, low: Array, high: Array, cap: Array) -> Array:
+def keep_rates(
+    key: Array, subnets: int, low: float | Array, high: float | Array, cap: float | Array
+) -> Array:
     """`[low, U(low, high), ...]`, each at most `cap`, in descending order `[U]`: one sub-network
-    always has the strongest pruning, the others a random weaker one."""
+    always has the strongest pruning, the others a random weaker one.
+    """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(subnets - 1))
     drawn = jax.vmap(lambda k: jax.random.uniform(k, minval=low, maxval=high))(keys)
     rates = jnp.append(drawn, jnp.asarray(low, drawn.dtype))
@@ -28,7 +32,8 @@ def total(losses: Array) -> Array:
 def worst(losses: Array) -> Array:
     """MGAug-MaxUp as we read it: the largest loss of all views, so that only the network that does
     worst on the task sends its gradient. The variant's definition is in neither the paper nor the
-    released code."""
+    released code.
+    """
     return jnp.max(losses)
 
 
@@ -102,13 +107,15 @@ def mgaug(
 
 def cp(*, scores=pruning.adapted, ranking=pruning.per_layer, select=pruning.released, **options):
     """MGAug with catfish pruning. `scores`, `ranking` and `select` as in `pruning.catfish`, the
-    rest as in `mgaug`."""
+    rest as in `mgaug`.
+    """
     return mgaug(pruning.catfish(scores, ranking, select), **options)
 
 
 def pp(*, pruner: Pruner | None = None, **options) -> Modifier:
     """MGAug with random parameter pruning, `pruning.random_parameters()` unless `pruner` is given;
-    the rest as in `mgaug`."""
+    the rest as in `mgaug`.
+    """
     return mgaug(pruner or pruning.random_parameters(), **options)
 
 
@@ -123,19 +130,26 @@ def compose(*modifiers: Modifier) -> Modifier:
 
 
 def _check_fraction(name: str, value: float | Array) -> None:
-    check_rate(name, value, 1)
-    if not isinstance(value, jax.core.Tracer) and value == 0:
+    try:
+        check_rate(name, value, 1)
+        empty = not isinstance(value, jax.Array) and value == 0
+    except ValueError:
+        empty = True
+    if empty:
         raise ValueError(
-            f"{name}=0 was asked for, but a sub-network must keep some weights; take a fraction "
-            "in (0, 1]."
+            f"{name}={value} was asked for, but a sub-network keeps a fraction of its weights; "
+            "take a number in (0, 1]."
         )
 
 
 def _check_prunes(pruner: Pruner, net: Net) -> None:
     """Refuses a network of which every mask is the scalar 1."""
     params = jax.eval_shape(net.init, jax.random.key(0))
-    loss = lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
-    mask = lambda key, params: pruner(key, net, params, Probe(params, loss), jnp.ones(()))
+
+    def mask(key: Array, params: Params) -> Params:
+        loss = lambda params: jnp.asarray(optax.tree.sum(params))
+        return pruner(key, net, params, Probe(params, loss), jnp.ones(()))
+
     masks = jax.eval_shape(mask, jax.random.key(0), params)
     if all(leaf.ndim == 0 for leaf in jax.tree.leaves(masks)):
         raise ValueError(

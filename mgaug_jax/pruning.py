@@ -24,7 +24,8 @@ Scores = Callable[[Params, Probe], Params]
 
 def adapted(params: Params, probe: Probe) -> Params:
     """MMCA as released: |g theta|, g the query gradient *after* adaptation, theta the initial
-    weights. For ProtoNet, which does not adapt, it is Eq. 5 exactly."""
+    weights. For ProtoNet, which does not adapt, it is Eq. 5 exactly.
+    """
     return jax.tree.map(lambda g, w: jnp.abs(g * w), probe.grads, params)
 
 
@@ -53,14 +54,15 @@ def leave_one_out(params: Params, probe: Probe) -> Params:
 
 def _excess(size: int, keep: Array) -> Array:
     """`size (1 - keep)`, nudged up by the rounding of `keep` so that a floor meets the integer
-    meant: 8000 (1 - .99) is 80, which float32 takes for 79.9999."""
+    meant: 8000 (1 - .99) is 80, which float32 takes for 79.9999.
+    """
     keep = jnp.asarray(keep)
     return size * (1 - keep) + size * jnp.finfo(keep.dtype).eps
 
 
 def released(scores: Array, keep: Array) -> Array:
-    """The released code's rule: with k = floor(n (1 - keep)), whatever is at most the k-th largest
-    score is kept. So k - 1 of n distinct scores go (none for k = 0), and ties at the threshold stay.
+    """The released code's rule: what is at most the k-th largest score, k = floor(n (1 - keep)), is
+    kept. So k - 1 of n distinct scores go (none for k = 0), and ties at the threshold stay.
     """
     k = jnp.floor(_excess(scores.size, keep)).astype(int)
     return scores <= jnp.sort(scores, descending=True)[jnp.maximum(k - 1, 0)]
@@ -68,7 +70,8 @@ def released(scores: Array, keep: Array) -> Array:
 
 def exact(scores: Array, keep: Array) -> Array:
     """Eq. 6: the round(n (1 - keep)) largest of n scores go, half rounded up; among equal scores
-    the earlier entry goes first."""
+    the earlier entry goes first.
+    """
     ranks = jnp.zeros(scores.size, int).at[jnp.argsort(-scores)].set(jnp.arange(scores.size))
     return ranks >= jnp.floor(_excess(scores.size, keep) + 0.5)
 
@@ -117,7 +120,8 @@ def catfish(scores: Scores = adapted, ranking=per_layer, select: Select = releas
 
 def lowest(scores: Scores = adapted) -> Scores:
     """Turns scores around, so that as many weights go, but those that memorise least: the
-    control of Remark 1, `catfish(lowest(adapted))`."""
+    control of Remark 1, `catfish(lowest(adapted))`.
+    """
     return lambda params, probe: jax.tree.map(jnp.negative, scores(params, probe))
 
 

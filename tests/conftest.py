@@ -4,7 +4,8 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "mgaug_jax_xla"))
+XLA_CACHE = os.path.join(tempfile.gettempdir(), "mgaug_jax_xla")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", XLA_CACHE)
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import pytest
 from mgaug_jax import nets
 from mgaug_jax.types import Examples, Task
 
-jax.config.update("jax_numpy_rank_promotion", "warn")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -23,6 +23,25 @@ def x64():
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compile():
+    """Halves the time XLA takes to compile, for tests that run everything once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def glyph_cache(tmp_path_factory):
+    """A cache folder that holds the rendered glyphs."""
+    from mgaug_jax.data import SPLITS, load
+
+    folder = tmp_path_factory.mktemp("glyphs")
+    for split in SPLITS:
+        load("glyphs", split, cache_dir=folder)
+    return folder
 
 
 @pytest.fixture

@@ -92,10 +92,11 @@ def net_of(
     if set(shapes) != {"params"}:
         rest = {k: v for k, v in module.init(jax.random.key(0), example).items() if k != "params"}
 
-    def call(module: nn.Module, params: Params, x: Array) -> Array:
+    def call(module: nn.Module, params: Params, x: Array) -> Any:
         if not rest:
             return module.apply({"params": params}, x)
-        return module.apply({"params": params, **rest}, x, mutable=list(rest))[0]
+        outputs, _ = module.apply({"params": params, **rest}, x, mutable=list(rest))
+        return outputs
 
     return Net(
         init=lambda key: module.init(key, example)["params"],

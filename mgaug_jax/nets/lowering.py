@@ -39,6 +39,11 @@ def max_pool(x: Array) -> Array:
 
     The first of equal entries (in reading order) gets the whole gradient, as in PyTorch.
     """
+    if min(x.shape[1:3]) < 2:
+        raise ValueError(
+            f"A map of {x.shape[1]}x{x.shape[2]} cannot be halved; the images are too small for "
+            "this network. Use larger ones."
+        )
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     return functools.reduce(_larger, _taps(x, 2, 2, 2))
 
@@ -52,7 +57,8 @@ def max_pool_3x3(x: Array) -> Array:
 def _larger(x: Array, y: Array) -> Array:
     """The larger of two, the first of equals, with the choice made once: without the barrier XLA
     computes it again for the gradient, rounds otherwise, and a tie sends its gradient to both or
-    to neither (seen: 2 % of the logits after one inner step, from flat image regions)."""
+    to neither (seen: 2 % of the logits after one inner step, from flat image regions).
+    """
     choose = jax.lax.optimization_barrier(y > x)
     return jnp.where(choose, y, x)
 
@@ -105,7 +111,7 @@ def _same(x: Array, kernel: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _correlate(x: Array, y: Array, size: int) -> Array:
-    """Gradient of `sum(y * _same(x, kernel))` with respect to the kernel, `[size, size, in, out]`."""
+    """Gradient of `sum(y * _same(x, kernel))` by the kernel, `[size, size, in, out]`."""
     patches = _patches(x, size, size, 1, size // 2)
     flat = jnp.einsum("nhwk,nhwo->ko", patches, y)
     return flat.reshape(size, size, x.shape[-1], y.shape[-1])

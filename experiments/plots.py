@@ -1,0 +1,66 @@
+"""Pictures of runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
+    """Loss and score over meta-steps, with the test result and what it must beat, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metric = results["metric"]
+    train = [record for record in records if "loss" in record]
+    validation = [record for record in records if f"val_{metric}" in record]
+    steps = [record["step"] for record in train]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+
+    left.plot(steps, [record["query_loss"] for record in train], color="#0072b2", lw=1)
+    left.set(xlabel="meta-step", ylabel="query loss after adaptation (training)")
+    left.set_ylim(bottom=0)
+
+    shown = "accuracy" if metric == "accuracy" else "query_loss"
+    right.plot(
+        steps, [record[shown] for record in train], color="#999999", lw=1, label="training tasks"
+    )
+    at = [record["step"] for record in validation]
+    mean = np.array([record[f"val_{metric}"] for record in validation])
+    half = np.array([record["val_half_width"] for record in validation])
+    right.errorbar(at, mean, half, color="#d55e00", marker="o", ms=3, capsize=2, label="validation")
+    right.plot(
+        at,
+        [record["val_step0"] for record in validation],
+        color="#cc79a7",
+        ls=":",
+        label="validation, step 0",
+    )
+    test = results["adapted"]
+    right.errorbar(
+        [results["best_step"]],
+        [test["mean"]],
+        [test["half_width"]],
+        color="#009e73",
+        marker="*",
+        ms=11,
+        capsize=3,
+        ls="none",
+        label=f"test {test['mean']:.3f} ± {test['half_width']:.3f}",
+    )
+    lines = {"untrained": ("untrained", "-."), "pixels": ("raw-pixel nearest mean", "--")}
+    for name, (label, style) in lines.items():
+        if name in results:
+            right.axhline(results[name]["mean"], color="black", ls=style, lw=0.8, label=label)
+    if results["chance"]:
+        right.axhline(results["chance"], color="black", ls=":", lw=0.8, label="chance")
+        right.set_ylim(0, 1)
+    right.set(xlabel="meta-step", ylabel="accuracy" if metric == "accuracy" else "squared error")
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    config = results["config"]
+    title = f"{config['method']}   {config['data']} {config['way']}-way {config['shot']}-shot"
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,36 @@
+"""Progress of long work: a moving line with rate and ETA on a terminal, nothing elsewhere."""
+
+import sys
+import time
+
+
+class Progress:
+    """Shows `label done/total, rate, ETA`, and a note, on standard error if it is a terminal."""
+
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "episodes"):
+        self.label, self.total, self.first, self.unit = label, total, done, unit
+        self.begin = time.monotonic()
+        self.live = bool(label) and sys.stderr.isatty()
+
+    def at(self, done: int, note: str = "") -> str:
+        """Moves to `done` and returns the line, without the label."""
+        elapsed = max(time.monotonic() - self.begin, 1e-9)
+        rate = (done - self.first) / elapsed
+        left = (self.total - done) / rate if rate else 0
+        line = f"{done}/{self.total} {self.unit}, {rate:.1f}/s, ETA {clock(left)}  {note}".rstrip()
+        if self.live:
+            sys.stderr.write(f"\r\x1b[K{self.label}: {line}")
+            sys.stderr.flush()
+        return line
+
+    def close(self) -> None:
+        if self.live:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def clock(seconds: float) -> str:
+    """`h:mm:ss` or `m:ss`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

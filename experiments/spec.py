@@ -1,0 +1,236 @@
+"""Methods and networks as text: `fomaml(lr=0.01,steps=5)|cp(keep=0.98)`.
+
+The first call names an algorithm, each further one a modifier, applied from left to right.
+Arguments are literals. The same string is the flag, the log record and the table row. Numbers that
+change over training (`cp(..., start=1000)`) read the meta-step, so a spec parses to a function
+`step -> Method`.
+"""
+
+import ast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from experiments.cli import BadInput
+from mgaug_jax import learners, methods, nets, pruning
+from mgaug_jax.mgaug import cp, full_and_worst, pp, total, worst, wp
+from mgaug_jax.types import Array, Loss, Method, Modifier, Net
+
+
+class Problem(NamedTuple):
+    """What the data ask of a method.
+
+    Attributes:
+      net: `way -> Net`, None for an embedding.
+      outputs: Ways, or None where the network's outputs are not classes.
+      loss: Of the inner and the outer loop.
+    """
+
+    net: Callable[[int | None], Net]
+    outputs: int | None
+    loss: Loss
+
+
+class Entry(NamedTuple):
+    """A name of the language: what it builds and the arguments it takes, in order."""
+
+    build: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+
+GRADIENT = ("lr", "steps", "forward")
+SUBNETS = ("keep", "subnets", "high", "cap", "sizes", "reduce", "start", "stop")
+
+
+def _gradient(make: Callable[..., Method]) -> Entry:
+    def build(problem: Problem, **options) -> Method:
+        return make(problem.net(problem.outputs), loss=problem.loss, **options)
+
+    return Entry(build, GRADIENT)
+
+
+def _protonet(problem: Problem) -> Method:
+    if problem.outputs is None:
+        raise ValueError("protonet needs classes, but this is a regression problem; use maml.")
+    return methods.protonet(problem.net(None))
+
+
+def _scheduled(make: Callable[..., Modifier], *arguments: str) -> Entry:
+    """A pruner whose sub-networks take part from step `start` up to, not including, `stop`."""
+
+    def build(step: Array, start: int = 0, stop: int | None = None, **options) -> Modifier:
+        for name, value in (("start", start), ("stop", stop)):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}={value} must be a meta-step, an integer of 0 or more.")
+        if start == 0 and stop is None:
+            return make(**options)
+        active = step >= start
+        return make(active=active if stop is None else active & (step < stop), **options)
+
+    return Entry(build, (*SUBNETS, *arguments))
+
+
+ALGORITHMS: Mapping[str, Entry] = {
+    "maml": _gradient(methods.maml),
+    "fomaml": _gradient(methods.fomaml),
+    "anil": _gradient(methods.anil),
+    "meta_sgd": _gradient(methods.meta_sgd),
+    "protonet": Entry(_protonet, ()),
+}
+MODIFIERS: Mapping[str, Entry] = {
+    "wp": _scheduled(wp),
+    "pp": _scheduled(pp, "pruner"),
+    "cp": _scheduled(cp, "scores", "ranking", "select"),
+}
+NETS: Mapping[str, Entry] = {
+    "conv4": Entry(nets.conv4, ("width",)),
+    "resnet10": Entry(nets.resnet10, ("pool",)),
+    "resnet18": Entry(nets.resnet18, ("pool",)),
+    "mlp": Entry(nets.mlp, ("hidden",)),
+}
+WORDS: Mapping[str, Mapping[str, Any]] = {
+    "forward": {"transductive": learners.transductive, "inductive": learners.inductive},
+    "scores": {
+        "adapted": pruning.adapted,
+        "initial": pruning.initial,
+        "leave_one_out": pruning.leave_one_out,
+        "lowest_adapted": pruning.lowest(pruning.adapted),
+        "lowest_initial": pruning.lowest(pruning.initial),
+    },
+    "ranking": {"per_layer": pruning.per_layer, "globally": pruning.globally},
+    "select": {"released": pruning.released, "exact": pruning.exact},
+    "reduce": {
+        "total": total,
+        "worst": worst,
+        "full_and_worst": full_and_worst,
+    },
+    "pruner": {
+        "exact": pruning.random_parameters(),
+        "bernoulli": pruning.bernoulli_parameters,
+    },
+    "pool": {"global_mean": nets.global_mean, "top_left_mean": nets.top_left_mean},
+}
+
+
+def method(text: str, problem: Problem) -> Callable[[Array], Method]:
+    """`step -> Method` of a spec string, checked by building it once.
+
+    Raises:
+      BadInput: The text does not parse, a name or argument is unknown, or a value is refused.
+    """
+    calls = _parse(text)
+    name, options = calls[0]
+    _known(name, ALGORITHMS, "algorithm")
+    for modifier, _ in calls[1:]:
+        _known(modifier, MODIFIERS, "modifier")
+
+    def at(step: Array) -> Method:
+        built = _build(ALGORITHMS, name, options, problem)
+        for modifier, arguments in calls[1:]:
+            built = _build(MODIFIERS, modifier, arguments, step)(built)
+        return built
+
+    try:
+        at(jnp.zeros((), jnp.int32))
+    except BadInput:
+        raise
+    except ValueError as error:
+        raise BadInput(f"{text}: {error}") from error
+    return at
+
+
+def net(text: str, **fixed: Any) -> Callable[[int | None], Net]:
+    """`way -> Net` of a network's spec, for images of shape `fixed["image"]` or `inputs` numbers.
+
+    Raises:
+      BadInput: As `method`.
+    """
+    calls = _parse(text)
+    name, options = calls[0]
+    _known(name, NETS, "network")
+    if len(calls) > 1:
+        raise BadInput(f"{text!r} names more than one network.")
+    if (name == "mlp") != ("inputs" in fixed):
+        kind = (
+            "numbers, which mlp takes" if "inputs" in fixed else "images, which mlp does not take"
+        )
+        raise BadInput(f"{name} was asked for, but the data are {kind}.")
+
+    def make(way: int | None) -> Net:
+        if name == "mlp":
+            return _build(NETS, name, options, **fixed)
+        return _build(NETS, name, options, way, **fixed)
+
+    try:
+        make(2)
+    except BadInput:
+        raise
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{text}: {error}") from error
+    return make
+
+
+def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The calls of `a(...)|b(...)`: names, and arguments by name or position."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise BadInput(
+            f"{text!r} is not a spec; write it like fomaml(lr=0.01,steps=5)|cp(keep=0.98)."
+        ) from error
+    calls = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        calls.append(node.right)
+        node = node.left
+    return [_call(text, call) for call in [node, *reversed(calls)]]
+
+
+def _call(text: str, node: ast.expr) -> tuple[str, dict[str, Any]]:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
+        raise BadInput(
+            f"{ast.unparse(node)!r} in {text!r} is not a name with arguments, like cp(keep=0.98)."
+        )
+    arguments = [(str(i), value) for i, value in enumerate(call.args)]
+    arguments += [(str(word.arg), word.value) for word in call.keywords]
+    options: dict[str, Any] = {}
+    for name, value in arguments:
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            raise BadInput(
+                f"{ast.unparse(value)!r} in {text!r} is not a literal; give a number, a quoted "
+                "word or a tuple of numbers."
+            ) from error
+    return call.func.id, options
+
+
+def _known(name: str, entries: Mapping[str, Any], kind: str) -> None:
+    if name not in entries:
+        raise BadInput(f"{name!r} is no {kind}; known: {', '.join(sorted(entries))}.")
+
+
+def _build(entries: Mapping[str, Entry], name: str, options: dict[str, Any], *given, **fixed):
+    """Calls an entry, its words turned into the functions they stand for."""
+    entry = entries[name]
+    taken: dict[str, Any] = {}
+    for written, value in options.items():
+        argument = written
+        if written.isdigit() and int(written) < len(entry.arguments):
+            argument = entry.arguments[int(written)]
+        if argument not in entry.arguments:
+            known = ", ".join(entry.arguments) or "none"
+            what = f"a {int(written) + 1}th argument" if written.isdigit() else repr(written)
+            raise BadInput(f"{name} takes no {what}; its arguments: {known}.")
+        if argument in taken:
+            raise BadInput(f"{name} was given {argument} twice.")
+        words = WORDS.get(argument)
+        if words is not None:
+            if not isinstance(value, str) or value not in words:
+                raise BadInput(f"{name}: {argument} is one of {', '.join(words)}, not {value!r}.")
+            value = words[value]
+        taken[argument] = value
+    if "keep" in entry.arguments and "keep" not in taken:
+        raise BadInput(f"{name} needs keep, the fraction of weights kept, as in {name}(keep=0.98).")
+    return entry.build(*given, **fixed, **taken)

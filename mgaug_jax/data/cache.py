@@ -1,0 +1,136 @@
+"""Decoded splits on disk: a folder with `pixels.npy` and `manifest.json` for each.
+
+An entry appears by one rename, so it is whole or absent, and its array is checked against the
+manifest's SHA-256 on every use; whatever is wrong with it, it is built again.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mgaug_jax.data.record import Dataset, Decoded, Progress
+
+FORMAT = 1
+"""Version of the entries; raise it when they, or what the readers make of a source, change."""
+
+
+class Entry(NamedTuple):
+    """A checked entry: the path of its array `uint8 [C, M, h, w, c]`, and its manifest."""
+
+    pixels: Path
+    manifest: dict[str, Any]
+
+
+def default_folder() -> Path:
+    """`$MGAUG_JAX_CACHE`, else `$XDG_CACHE_HOME/mgaug_jax`, else `~/.cache/mgaug_jax`."""
+    if own := os.environ.get("MGAUG_JAX_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mgaug_jax"
+
+
+def cached(
+    dataset: Dataset,
+    name: str,
+    split: str,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    progress: Progress,
+) -> Entry:
+    """The entry of a split, built if it is missing, damaged or of another format.
+
+    Raises:
+      ValueError: The data set cannot be read from `data_dir`, or, without one, the cache does not
+        have it.
+    """
+    folder = cache_dir or default_folder()
+    stem = f"{name}-{split}-{_key(dataset.parameters)}-"
+    if data_dir is None and dataset.tree:
+        found = [entry for place in folder.glob(f"{stem}*") if (entry := _read(place)[0])]
+        contents = {entry.manifest["digest"] for entry in found}
+        if len(contents) != 1:
+            raise ValueError(
+                f"{name} was asked for without a data folder, but the cache {folder} has "
+                f"{len(contents)} different copies of its {split} split; give a data_dir that looks"
+                f" like this:\n{dataset.tree}"
+            )
+        return found[0]
+    source = dataset.fingerprint(split, data_dir)
+    place = folder / (stem + _key(source))
+    entry, wrong = _read(place)
+    if entry is not None:
+        return entry
+    progress(f"{name}: building the cache of {split} in {folder} ({wrong})")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, for a rename cannot cross file systems.
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
+        scratch, new = Path(temporary, "scratch"), Path(temporary, "new")
+        scratch.mkdir()
+        decoded = dataset.build(split, data_dir, scratch, progress)
+        _write(new, decoded, {"name": name, "split": split, "source": source})
+        _publish(new, place, Path(temporary, "old"))
+    entry, wrong = _read(place)
+    if entry is None:
+        raise OSError(f"{place} was just written, but cannot be used: {wrong}; check the disk.")
+    return entry
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(place: Path) -> tuple[Entry | None, str]:
+    """The entry if it can be used; else why not."""
+    if not place.exists():
+        return None, "not there yet"
+    try:
+        manifest = json.loads((place / "manifest.json").read_bytes())
+        if manifest["format"] != FORMAT:
+            return None, f"the old one has format {manifest['format']}, not {FORMAT}"
+        if _sha256(place / "pixels.npy") != manifest["sha256"]:
+            return None, "the old one is damaged: pixels.npy does not match its SHA-256"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"the old one is damaged: {error!r}"
+    return Entry(place / "pixels.npy", manifest), ""
+
+
+def _write(place: Path, decoded: Decoded, about: dict[str, Any]) -> None:
+    place.mkdir()
+    pixels = np.ascontiguousarray(decoded.pixels)
+    np.save(place / "pixels.npy", pixels)
+    content = {"classes": list(decoded.classes), "counts": decoded.counts.tolist()}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    digest.update(repr(pixels.shape).encode())
+    digest.update(pixels.data)
+    manifest = {
+        "format": FORMAT,
+        **about,
+        **content,
+        "shape": pixels.shape,
+        "digest": digest.hexdigest(),
+        "sha256": _sha256(place / "pixels.npy"),
+    }
+    (place / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _publish(new: Path, place: Path, old: Path) -> None:
+    """Moves the entry into its place; what was there goes to `old`."""
+    with suppress(FileNotFoundError):
+        place.rename(old)
+    try:
+        new.rename(place)
+    except OSError:
+        if not place.exists():
+            raise
+        # Another process built the same entry meanwhile; it is checked like any other.
