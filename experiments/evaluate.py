@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(FLAGS.run)
     made = runs.setup(runs.read_config(folder), say=print)
     step, params = runs.best_params(made, folder)
-    found, scores = runs.test(made, params, FLAGS.episodes, FLAGS.test_seed)
+    found, scores = runs.measure(made, params, FLAGS.episodes, FLAGS.test_seed)
     chance = 1 / made.config.way if made.metric == "accuracy" else None
     results = {"metric": made.metric, "best_step": step, **found, "chance": chance}
     output = Path(FLAGS.output) if FLAGS.output else folder / "evaluation"

@@ -23,12 +23,13 @@ from experiments.progress import Progress
 from mgaug_jax import checkpoint, data, episodes, losses, meta, methods, nets
 from mgaug_jax.data import sinusoid
 from mgaug_jax.episodes import Images
-from mgaug_jax.evaluate import Scores, evaluate, interval
+from mgaug_jax.evaluation import Scores, evaluate, interval
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
 TEST_EPISODES, TEST_QUERIES, TEST_SEED = 600, 15, 20
 VALIDATION_EPISODES, VALIDATION_SEED = 100, 10
 MEMORY_EPISODES, MEMORY_SEED = 200, 30
+EPISODES_AT_ONCE = 50
 LABELS = {
     "exclusive": episodes.mutually_exclusive,
     "fixed_labels": episodes.fixed_labels,
@@ -162,7 +163,6 @@ def score_of(metric: str) -> Callable[[Array, Array], Array]:
 def evaluator(made: Setup, method: Method | None = None, sample=None):
     """A compiled `(params, split data, seed, number of episodes, label) -> Scores` in NumPy."""
     method = method or made.method(jnp.zeros((), jnp.int32))
-    chunk = 50
 
     @jax.jit
     def compiled(key: Array, params: MetaParams, split: Any, numbers: Array) -> Scores:
@@ -171,6 +171,7 @@ def evaluator(made: Setup, method: Method | None = None, sample=None):
 
     def scores(params, split, seed: int, count: int, label: str = "") -> Scores:
         progress = Progress(label, count)
+        chunk = min(count, EPISODES_AT_ONCE)
         parts = []
         for first in range(0, count, chunk):
             numbers = jnp.arange(first, first + chunk)
@@ -194,7 +195,7 @@ def summary(scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def test(made: Setup, params: MetaParams, count: int = TEST_EPISODES, seed: int = TEST_SEED):
+def measure(made: Setup, params: MetaParams, count: int, seed: int):
     """The test of a trained run: `(what was measured, per-episode scores by name)`.
 
     On the same episodes: after adaptation, before it (step 0), the untrained network, and, for

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from experiments.cli import BadInput
 from mgaug_jax import learners, methods, nets, pruning
-from mgaug_jax.mgaug import cp, full_and_worst, pp, total, worst, wp
+from mgaug_jax.modifiers import cp, full_and_worst, pp, total, worst, wp
 from mgaug_jax.types import Array, Loss, Method, Modifier, Net
 
 
@@ -152,10 +152,8 @@ def net(text: str, **fixed: Any) -> Callable[[int | None], Net]:
     if len(calls) > 1:
         raise BadInput(f"{text!r} names more than one network.")
     if (name == "mlp") != ("inputs" in fixed):
-        kind = (
-            "numbers, which mlp takes" if "inputs" in fixed else "images, which mlp does not take"
-        )
-        raise BadInput(f"{name} was asked for, but the data are {kind}.")
+        kind, takes = ("numbers", "mlp") if "inputs" in fixed else ("images", "conv4 or resnet10")
+        raise BadInput(f"{name} was asked for, but the data are {kind}; take {takes}.")
 
     def make(way: int | None) -> Net:
         if name == "mlp":

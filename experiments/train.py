@@ -4,9 +4,9 @@
     python -m experiments.train --method='protonet()' --data=omniglot --data_dir=DIR
     python -m experiments.train --method='fomaml(lr=0.1,steps=5)|cp(keep=0.98,sizes=(28,20))'
 
-A method is an algorithm - fomaml, maml, anil, meta_sgd (lr, steps, forward) or protonet - and, after
-bars, its modifiers: wp, pp, cp (keep, subnets, high, cap, sizes, reduce, start, stop; cp also scores,
-ranking, select; pp also pruner). The defaults run MGAug-CP on glyphs, 5-way 1-shot, in a few minutes.
+A method is an algorithm - fomaml, maml, anil, meta_sgd (lr, steps, forward) or protonet - and,
+after bars, its modifiers: wp, pp, cp (keep, subnets, high, cap, sizes, reduce, start, stop; cp also
+scores, ranking, select; pp also pruner). The defaults run MGAug-CP on glyphs, 5-way 1-shot.
 
 A run folder holds config.json, metrics.jsonl, checkpoints/, best/, results.json, episodes.npz (the
 score of every test episode) and curves.png. Exit codes: 0 done, 2 bad input, 3 a loss that is not
@@ -242,7 +242,7 @@ def report(made: runs.Setup, folder: Path, seconds: float) -> dict[str, Any]:
     step, params = runs.best_params(made, folder)
     print(f"testing the parameters of step {step} on {runs.TEST_EPISODES} episodes")
     begin = time.monotonic()
-    found, scores = runs.test(made, params)
+    found, scores = runs.measure(made, params, runs.TEST_EPISODES, runs.TEST_SEED)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = {
         "config": dataclasses.asdict(made.config),

@@ -7,11 +7,11 @@ method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 
 from mgaug_jax import data, episodes, losses, nets, pruning
 from mgaug_jax.episodes import Images, sample_task, sampler
-from mgaug_jax.evaluate import evaluate, interval
+from mgaug_jax.evaluation import evaluate, interval
 from mgaug_jax.learners import descend, detach, identity, inductive, prototypes, transductive
 from mgaug_jax.meta import State, Trainer, meta_gradient, run, subnet, trainer, view
 from mgaug_jax.methods import anil, fomaml, maml, meta_sgd, protonet
-from mgaug_jax.mgaug import compose, cp, mgaug, pp, wp
+from mgaug_jax.modifiers import compose, cp, mgaug, pp, wp
 from mgaug_jax.types import Examples, Learner, MetaParams, Method, Net, Probe, Role, Task, Views
 
 __version__ = "0.1.0"

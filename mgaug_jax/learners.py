@@ -119,12 +119,12 @@ def prototypes(net: Net, inner: Transform) -> Learner:
     """ProtoNet: logits `-|z - c_n|^2`, `c_n` the mean support embedding of class n (Snell 2017).
 
     Support and query are embedded by separate calls, each with its own batch statistics. There is
-    no inner gradient for `inner` to change, so anything but the identity is refused.
+    no inner gradient for `inner` to change, so anything but `identity()` is refused.
 
     Raises:
-      ValueError: `inner` is not `optax.identity()`.
+      ValueError: `inner` is not `identity()`.
     """
-    if inner.update is not _IDENTITY.update:
+    if inner is not _IDENTITY:
         raise ValueError(
             "A transform of the inner-loop gradients was asked for, but protonet has no inner "
             "loop. Transform the meta-gradient instead: give it to the outer optimiser."

@@ -199,7 +199,7 @@ def trainer(
     def step(key: Array, state: State, tasks: Task) -> tuple[State, Info]:
         grads, info = meta_gradient(at(state.step), key, state.params, tasks)
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = MetaParams(*optax.apply_updates(state.params, updates))
+        params = jax.tree.map(jnp.add, state.params, updates)
         return State(state.step + 1, params, opt), info
 
     return Trainer(init, step)

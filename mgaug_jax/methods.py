@@ -113,12 +113,19 @@ def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
 
 def check_rate(name: str, value: float | Array, upper: float = math.inf) -> None:
     """Refuses what is no number, NaN or outside [0, upper]; traced values are not looked at."""
-    try:
-        number = float(value)
-    except jax.errors.ConcretizationTypeError:
+    number = known(value)
+    if number is None:
         return
-    except (TypeError, ValueError):
-        number = math.nan
     if not 0 <= number <= upper or number == math.inf:
         limits = "0 or more" if upper == math.inf else f"between 0 and {upper:g}"
         raise ValueError(f"{name}={value} was asked for; take a number of {limits}.")
+
+
+def known(value: float | Array) -> float | None:
+    """The value of a number, NaN for what is none, None for a traced one."""
+    try:
+        return float(value)
+    except jax.errors.ConcretizationTypeError:
+        return None
+    except (TypeError, ValueError):
+        return math.nan

@@ -93,6 +93,8 @@ def per_layer(net: Net, scores: Params, keep: Array, select: Select = released) 
 def globally(net: Net, scores: Params, keep: Array, select: Select = released) -> Params:
     """Masks that rank the entries of all prunable leaves together."""
     chosen = jax.tree.map(lambda role, leaf: leaf if role.prunable else None, net.roles, scores)
+    if not jax.tree.leaves(chosen):
+        return per_layer(net, scores, keep, select)
     flat, unravel = ravel_pytree(chosen)
     masks = unravel(select(flat, keep).astype(flat.dtype))
     one = lambda role, leaf, mask: mask if role.prunable else jnp.ones((), leaf.dtype)

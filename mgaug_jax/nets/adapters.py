@@ -90,7 +90,8 @@ def net_of(
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)
     rest = {}
     if set(shapes) != {"params"}:
-        rest = {k: v for k, v in module.init(jax.random.key(0), example).items() if k != "params"}
+        made = jax.jit(module.init)(jax.random.key(0), example)
+        rest = {name: made[name] for name in made if name != "params"}
 
     def call(module: nn.Module, params: Params, x: Array) -> Any:
         if not rest:
@@ -99,7 +100,8 @@ def net_of(
         return outputs
 
     return Net(
-        init=lambda key: module.init(key, example)["params"],
+        # compiled, since the forward pass that Linen makes to learn the shapes is then left out
+        init=jax.jit(lambda key: module.init(key, example)["params"]),
         apply=lambda params, x: call(module, params, x),
         roles=roles(shapes["params"]),
         apply_by_first=by_first and (lambda params, x, m: call(by_first(m), params, x)),

@@ -86,8 +86,11 @@ def _taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
 
 def _patches(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """`[n, h', w', kh kw in]`, the taps in the order of a flattened HWI kernel."""
-    pad = (padding, padding)
-    return jnp.concatenate(_taps(jnp.pad(x, ((0, 0), pad, pad, (0, 0))), kh, kw, stride), axis=-1)
+    # lax.pad: jnp.pad is a jit of its own, and jax 0.10 mixes up a scan's residuals when the
+    # body's custom_vjp rules hold one and are differentiated twice.
+    none, pad = (0, 0, 0), (padding, padding, 0)
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), (none, pad, pad, none))
+    return jnp.concatenate(_taps(x, kh, kw, stride), axis=-1)
 
 
 def _product(x: Array, kernel: Array, stride: int, padding: int) -> Array:

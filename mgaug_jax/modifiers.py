@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mgaug_jax import pruning
-from mgaug_jax.methods import check_rate
+from mgaug_jax.methods import known
 from mgaug_jax.types import Array, Method, Modifier, Net, Params, Probe, Pruner, Views
 
 
@@ -78,6 +78,8 @@ def mgaug(
     """
     for name, value in (("keep", keep), ("high", high), ("cap", cap)):
         _check_fraction(name, value)
+    if (least := known(keep)) is not None and (most := known(high)) is not None and least > most:
+        raise ValueError(f"keep={keep} is the smallest fraction kept but exceeds high={high}.")
     if not isinstance(subnets, int) or subnets < 1:
         raise ValueError(
             f"subnets={subnets} sub-networks were asked for; take an integer of 1 or more, or "
@@ -130,12 +132,8 @@ def compose(*modifiers: Modifier) -> Modifier:
 
 
 def _check_fraction(name: str, value: float | Array) -> None:
-    try:
-        check_rate(name, value, 1)
-        empty = not isinstance(value, jax.Array) and value == 0
-    except ValueError:
-        empty = True
-    if empty:
+    number = known(value)
+    if number is not None and not 0 < number <= 1:
         raise ValueError(
             f"{name}={value} was asked for, but a sub-network keeps a fraction of its weights; "
             "take a number in (0, 1]."

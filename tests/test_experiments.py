@@ -1,0 +1,255 @@
+"""The entry points, as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import cli, compare, evaluate, runs, spec, train
+from mgaug_jax import losses, nets
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--net=conv4(width=4)",
+    "--way=3",
+    "--queries=2",
+    "--tasks=2",
+    "--steps=4",
+    "--eval_every=2",
+    "--method=fomaml(lr=0.1,steps=2)|cp(keep=0.9,subnets=2)",
+]
+
+
+@pytest.fixture(autouse=True)
+def small_tests(monkeypatch, glyph_cache):
+    """Few episodes, and the glyphs that the session has rendered."""
+    monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
+    monkeypatch.setattr(runs, "TEST_EPISODES", 60)
+    monkeypatch.setattr(runs, "VALIDATION_EPISODES", 10)
+    monkeypatch.setattr(runs, "MEMORY_EPISODES", 10)
+
+
+def start(monkeypatch, module, *arguments: str) -> int:
+    """The exit code of an entry point, run in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    with flagsaver.flagsaver():
+        code = cli._start(module.main, module.__doc__, "")
+    return code
+
+
+def refused(capsys, monkeypatch, module, *arguments: str) -> str:
+    """The one sentence an entry point exits 2 with."""
+    assert start(monkeypatch, module, *arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# --- a run ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, glyph_cache):
+    """A finished run of four steps."""
+    folder = tmp_path_factory.mktemp("runs") / "four steps ü"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
+        for name, value in (("TEST", 60), ("VALIDATION", 10), ("MEMORY", 10)):
+            patch.setattr(runs, f"{name}_EPISODES", value)
+        assert start(patch, train, *TINY, f"--out={folder}") == 0
+    return folder
+
+
+def final_state(folder: Path):
+    from mgaug_jax import checkpoint
+
+    made = runs.setup(runs.read_config(folder))
+    like = jax.eval_shape(made.trainer.init, jax.random.key(0))
+    return checkpoint.restore(folder / "checkpoints", like)
+
+
+def test_run_leaves_everything_behind(finished):
+    results = json.loads((finished / "results.json").read_text())
+    for name in ("adapted", "step0", "untrained", "pixels", "label_memory"):
+        assert set(results[name]) == {"mean", "half_width", "std", "episodes"}
+    assert results["adapted"]["episodes"] == 60
+    assert results["chance"] == 1 / 3
+    with np.load(finished / "episodes.npz") as stored:
+        assert stored["adapted"].shape == (60,)
+        np.testing.assert_allclose(stored["adapted"].mean(), results["adapted"]["mean"], rtol=1e-6)
+    assert (finished / "curves.png").stat().st_size > 10_000
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [2, 4]
+    assert [record["step"] for record in records if "val_accuracy" in record] == [2, 4]
+
+
+def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shorter = [*TINY, "--steps=2", f"--out={folder}"]
+    assert start(monkeypatch, train, *shorter) == 0
+    assert start(monkeypatch, train, *TINY, f"--out={folder}", "--resume") == 0
+    (step, resumed), (whole_step, whole) = final_state(folder), final_state(finished)
+    assert step == whole_step == 4
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert (folder / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+
+
+def test_evaluate_repeats_the_test(finished, tmp_path, monkeypatch):
+    arguments = (f"--run={finished}", f"--output={tmp_path}", "--episodes=60")
+    assert start(monkeypatch, evaluate, *arguments) == 0
+    with np.load(finished / "episodes.npz") as first, np.load(tmp_path / "episodes.npz") as again:
+        for name in ("adapted", "step0", "untrained", "pixels"):
+            np.testing.assert_array_equal(first[name], again[name])
+
+
+def test_compare_gives_the_paired_difference(finished, tmp_path, monkeypatch, capsys):
+    arguments = (f"--run={finished}", f"--output={tmp_path}", "--episodes=60")
+    assert start(monkeypatch, evaluate, *arguments) == 0
+    capsys.readouterr()
+    assert start(monkeypatch, compare, f"--run_a={finished}", f"--run_b={tmp_path}") == 0
+    assert "a - b  +0.0000 +- 0.0000" in capsys.readouterr().out
+
+
+def test_compare_refuses_other_episodes(finished, tmp_path, monkeypatch, capsys):
+    arguments = (f"--run={finished}", f"--output={tmp_path}", "--episodes=50")
+    assert start(monkeypatch, evaluate, *arguments) == 0
+    text = refused(capsys, monkeypatch, compare, f"--run_a={finished}", f"--run_b={tmp_path}")
+    assert "different episodes" in text
+    assert "episodes 60 and 50" in text
+
+
+def test_existing_run_is_not_overwritten(finished, monkeypatch, capsys):
+    text = refused(capsys, monkeypatch, train, *TINY, f"--out={finished}")
+    assert "--resume" in text
+
+
+def test_resume_with_other_settings_is_refused(finished, monkeypatch, capsys):
+    arguments = (*TINY, f"--out={finished}", "--resume", "--outer_lr=0.5")
+    text = refused(capsys, monkeypatch, train, *arguments)
+    assert "--outer_lr is 0.5 but was 0.001" in text
+
+
+def test_loss_that_is_not_finite_exits_3(tmp_path, monkeypatch, capsys):
+    arguments = ("--data=sinusoid", "--shot=5", "--steps=2", "--method=maml(lr=1e30,steps=3)")
+    assert start(monkeypatch, train, *arguments, f"--out={tmp_path / 'run'}") == 3
+    assert "step 0" in capsys.readouterr().err
+
+
+def test_regression_run(tmp_path, monkeypatch, capsys):
+    arguments = ("--data=sinusoid", "--shot=5", "--queries=10", "--steps=4", "--eval_every=2")
+    method = "--method=maml(lr=0.01,steps=1)|cp(keep=0.9)"
+    assert start(monkeypatch, train, *arguments, method, f"--out={tmp_path / 'run'}") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metric"] == "mse"
+    assert results["adapted"]["mean"] > 0
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+BAD = {
+    "--method=fomal(lr=0.1)": "'fomal' is no algorithm; known: anil, fomaml, maml",
+    "--method=fomaml(rate=0.1)": "fomaml takes no 'rate'; its arguments: lr, steps, forward",
+    "--method=fomaml|dropout(0.1)": "'dropout' is no modifier; known: cp, pp, wp",
+    "--method=fomaml(lr=": "is not a spec",
+    "--method=fomaml(lr=__import__('os'))": "is not a literal",
+    "--method=fomaml|cp(keep=0)": "keep=0 was asked for",
+    "--method=fomaml|cp(keep=1.5)": "keep=1.5 was asked for",
+    "--method=fomaml|cp(keep='nan')": "keep=nan was asked for",
+    "--method=fomaml|cp": "cp needs keep",
+    "--method=fomaml|cp(keep=0.9)|wp(keep=0.9)": "Sub-networks were asked for twice",
+    "--method=fomaml|cp(keep=0.9,scores='best')": "scores is one of adapted, initial",
+    "--method=fomaml(lr=-1)": "lr=-1 was asked for",
+    "--method=fomaml(lr=1e999)": "lr=inf was asked for",
+    "--method=fomaml(steps=0)": "steps=0 inner steps",
+    "--method=fomaml|cp(keep=0.9,sizes=(4,))": "too small",
+    "--net=conv5": "'conv5' is no network",
+    "--way=1": "way=1 was asked for",
+    "--way=5000": "way=5000 was asked for, but the train split has",
+    "--queries=20": "shot + queries = 1 + 20 images",
+    "--steps=0": "--steps=0 must be 1 or more",
+    "--outer_lr=nan": "--outer_lr=nan must be a positive number",
+    "--data=imagenet": "imagenet",
+    "--labels=none": "--labels=none is none of exclusive",
+    "--shot=one": "--shot=one",
+    "--no_such_flag=1": "no_such_flag",
+    "stray": "'stray' is not a flag",
+    "--resume": "--resume needs --out",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_input_is_one_sentence_and_exit_2(argument, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert BAD[argument] in refused(capsys, monkeypatch, train, argument)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_data_folder_shows_the_expected_tree(monkeypatch, capsys, tmp_path):
+    arguments = ("--data=omniglot", f"--data_dir={tmp_path}")
+    assert "images_background" in refused(capsys, monkeypatch, train, *arguments)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "parity"])
+def test_help_exits_0_and_teaches(name):
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert f"python -m experiments.{name}" in done.stdout
+
+
+def test_every_flag_says_what_it_is():
+    own = flags.FLAGS.get_key_flags_for_module(train)
+    assert all(len(flag.help) > 10 for flag in own)
+
+
+# --- specs ----------------------------------------------------------------------------------
+
+
+def problem(way=3):
+    return spec.Problem(
+        lambda outputs: nets.conv4(outputs, width=4, image=(16, 16, 1)), way, losses.cross_entropy
+    )
+
+
+@pytest.mark.parametrize("algorithm", spec.ALGORITHMS)
+@pytest.mark.parametrize("modifier", ["", *spec.MODIFIERS])
+def test_every_algorithm_takes_every_modifier(algorithm, modifier):
+    text = f"{algorithm}|{modifier}(0.9)" if modifier else algorithm
+    method = spec.method(text, problem())(0)
+    assert (method.views is not None) == bool(modifier)
+
+
+def test_spec_values_arrive():
+    text = "fomaml(lr=0.5,steps=2) | cp(0.9, subnets=2, sizes=(16,), start=10, stop=20)"
+    at = spec.method(text, problem())
+    active = [bool(at(np.int32(step)).views.active) for step in (9, 10, 19, 20)]
+    assert active == [False, True, True, False]
+    assert at(np.int32(0)).views.count == 2
+    assert at(np.int32(0)).views.sizes == (16,)
+
+
+# --- the package ----------------------------------------------------------------------------
+
+
+def test_import_is_light():
+    code = "import sys, mgaug_jax; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    heavy = {"tensorflow", "tensorflow_datasets", "matplotlib", "PIL", "orbax", "tensorstore"}
+    assert not loaded & heavy
+
+
+def test_readme_code_runs(monkeypatch, glyph_cache):
+    monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
+    text = (ROOT / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) >= 2
+    namespace: dict = {}
+    for block in blocks:
+        exec(block.replace("steps=200", "steps=2").replace("600", "10"), namespace)
