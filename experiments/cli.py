@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 EXIT_BAD_INPUT = 2
+HELP = ("help", "h", "?", "helpfull", "helpshort")
 
 
 class BadInput(ValueError):
@@ -31,12 +32,12 @@ def start(main: Callable[[Sequence[str]], int | None], usage: str, positional: s
 
 
 def _start(main, usage: str, positional: str) -> int:
-    if any(argument in ("--help", "-h", "--helpfull", "-help") for argument in sys.argv[1:]):
+    if any(argument.split("=")[0].lstrip("-") in HELP for argument in sys.argv[1:]):
         module = sys.modules["__main__"]
         own = flags.FLAGS.get_key_flags_for_module(module)
         print(usage.strip(), "\n\nFlags:")
         for flag in own:
-            default = "" if flag.default is None else f" (default {flag.default_as_str})"
+            default = "" if flag.default is None else f" (default {flag.default})"
             print(f"  --{flag.name}{default}\n      {flag.help}")
         return 0
     try:
@@ -47,5 +48,5 @@ def _start(main, usage: str, positional: str) -> int:
             raise BadInput(f"nothing to read; give one {positional} or more.")
         return main(arguments) or 0
     except (flags.Error, BadInput) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {str(error).strip()}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -7,6 +7,7 @@ runs apart. It speaks for these two trained networks: the spread over training s
 """
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read(folder: str | None, flag: str) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         with np.load(path) as stored:
             return stored["adapted"], json.loads(str(stored["identity"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise cli.BadInput(f"{path} cannot be read ({error}); is the run finished?") from error
 
 
@@ -38,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     a, identity_a = read(FLAGS.run_a, "run_a")
     b, identity_b = read(FLAGS.run_b, "run_b")
     differing = [
-        f"{name} {identity_a[name]} and {identity_b.get(name)}"
-        for name in identity_a
-        if identity_a[name] != identity_b.get(name)
+        f"{name} {identity_a.get(name)} and {identity_b.get(name)}"
+        for name in sorted(identity_a | identity_b)
+        if identity_a.get(name) != identity_b.get(name)
     ]
     if differing:
         raise cli.BadInput(

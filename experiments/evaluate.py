@@ -4,7 +4,7 @@
     python -m experiments.evaluate --run=runs/NAME --episodes=2000 --test_seed=7
 
 Prints the table that experiments.train ends with and writes evaluation.json and episodes.npz into
---out, by default the run folder's evaluation/.
+--output, by default the run folder's evaluation/.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,19 @@ def main(arguments: Sequence[str]) -> int:
     if FLAGS.episodes < 1:
         raise cli.BadInput(f"--episodes={FLAGS.episodes} must be 1 or more.")
     folder = Path(FLAGS.run)
+    runs.check_seed("test_seed", FLAGS.test_seed)
     made = runs.setup(runs.read_config(folder), say=print)
-    step, params = runs.best_params(made, folder)
-    found, scores = runs.measure(made, params, FLAGS.episodes, FLAGS.test_seed)
-    chance = 1 / made.config.way if made.metric == "accuracy" else None
-    results = {"metric": made.metric, "best_step": step, **found, "chance": chance}
+    runs.check_digests(folder, made)
+    saved = runs.restore(made, folder)
     output = Path(FLAGS.output) if FLAGS.output else folder / "evaluation"
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.BadInput(f"cannot write to {output}: {error.strerror}.") from error
+    judge = runs.evaluator(made)
+    found, scores = runs.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)
+    chance = 1 / made.config.way if made.metric == "accuracy" else None
+    results = {"metric": made.metric, "best_step": int(saved.best_step), **found, "chance": chance}
     runs.write_json(output / "evaluation.json", results)
     identity = runs.episode_identity(made, FLAGS.episodes, FLAGS.test_seed)
     runs.save_episodes(output, scores, identity)

@@ -10,11 +10,11 @@ it. The exit code is 1 if a row fails.
 """
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +78,10 @@ def read(path: Path) -> Released:
         image = arrays["task0/xs"].shape[1:]
         params = to_tree(arrays, "param")
         passes = len(arrays["losses_in_order"]) // (count * (1 + keeps.shape[1]))
-    except (OSError, ValueError, KeyError, ZeroDivisionError, zipfile.BadZipFile) as error:
+        sizes = arrays.get("resolutions", np.full(keeps.size, image[0])).reshape(keeps.shape)
+        width = params["conv0"]["kernel"].shape[-1]
+    except (OSError, EOFError, LookupError, ValueError, ArithmeticError, BadZipFile) as error:
         raise cli.BadInput(f"{path} is not a file of reference numbers: {error}") from error
-    sizes = arrays.get("resolutions", np.full(keeps.size, image[0])).reshape(keeps.shape)
-    width = params["conv0"]["kernel"].shape[-1]
     head = params.get("head")
     net = nets.conv4(head and head["bias"].size, width=width, image=image)
     make = ALGORITHMS[algorithm]
@@ -233,7 +233,10 @@ def main(arguments: Sequence[str]) -> int:
     jax.config.update("jax_enable_x64", True)
     failed = 0
     for path in arguments:
-        rows = list(compare(read(Path(path))))
+        try:
+            rows = list(compare(read(Path(path))))
+        except KeyError as error:
+            raise cli.BadInput(f"{path} lacks the array {error}.") from error
         failed += report(path, rows)
     return 1 if failed else 0
 

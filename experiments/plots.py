@@ -59,8 +59,7 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
         right.set_ylim(0, 1)
     right.set(xlabel="meta-step", ylabel="accuracy" if metric == "accuracy" else "squared error")
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    config = results["config"]
-    title = f"{config['method']}   {config['data']} {config['way']}-way {config['shot']}-shot"
+    title = f"{results['config']['method']}   {results['task']}"
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

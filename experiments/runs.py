@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,10 @@ LABELS = {
     "fixed_labels": episodes.fixed_labels,
     "fixed_groups": episodes.fixed_groups,
 }
+SCHEDULES = {
+    "constant": lambda rate, steps: rate,
+    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
+}
 SINUSOID = "sinusoid"
 
 
@@ -43,7 +49,7 @@ class Config:
     """Everything that decides what a run computes; written to `config.json`."""
 
     method: str
-    net: str
+    net: str | None
     data: str
     data_dir: str | None
     labels: str
@@ -55,6 +61,15 @@ class Config:
     outer_lr: float
     eval_every: int
     seed: int
+    schedule: str = "constant"
+    rotations: bool = False
+
+    @property
+    def task(self) -> str:
+        """The problem in words."""
+        if self.data == SINUSOID:
+            return f"{self.data} {self.shot}-shot"
+        return f"{self.data} {self.way}-way {self.shot}-shot"
 
 
 class Setup(NamedTuple):
@@ -90,10 +105,12 @@ def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Set
     for name in ("steps", "tasks", "eval_every"):
         if getattr(config, name) < 1:
             raise BadInput(f"--{name}={getattr(config, name)} must be 1 or more.")
+    check_seed("seed", config.seed)
     if not 0 < config.outer_lr < math.inf:
         raise BadInput(f"--outer_lr={config.outer_lr} must be a positive number.")
-    if config.labels not in LABELS:
-        raise BadInput(f"--labels={config.labels} is none of {', '.join(LABELS)}.")
+    for name, known in (("labels", LABELS), ("schedule", SCHEDULES)):
+        if getattr(config, name) not in known:
+            raise BadInput(f"--{name}={getattr(config, name)} is none of {', '.join(known)}.")
     try:
         build = _regression if config.data == SINUSOID else _classification
         made = build(config, say)
@@ -103,7 +120,7 @@ def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Set
         jax.eval_shape(made.trainer.step, jax.random.key(0), state, tasks)
     except BadInput:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
         raise BadInput(str(error)) from error
     return made
 
@@ -115,6 +132,8 @@ def _classification(config: Config, say) -> Setup:
     )
     load = partial(data.load, config.data, data_dir=config.data_dir, progress=say)
     splits = {name: load(name) for name in names}
+    if config.rotations:
+        splits["train"] = episodes.with_rotations(splits["train"])
     for name, images in splits.items():
         queries = config.queries if name == "train" else 1
         episodes.check(images, config.way, config.shot, queries, f"the {name} split")
@@ -141,16 +160,28 @@ def _regression(config: Config, say) -> Setup:
 
 def _method(config: Config, problem: spec.Problem):
     method = spec.method(config.method, problem)
-    return method, meta.trainer(method, optax.adam(config.outer_lr))
+    rate = SCHEDULES[config.schedule](config.outer_lr, config.steps)
+    return method, meta.trainer(method, optax.adam(rate))
 
 
 # --- randomness -----------------------------------------------------------------------------
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Refuses seeds that JAX would fold onto others."""
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"--{name}={seed} must be from 0 to {2**32 - 1}.")
+
+
 def keys(seed: int) -> tuple[Array, Array]:
-    """Keys of the initial parameters and of training; tests have seeds of their own."""
+    """Keys of the initial parameters and of training."""
     k_init, k_train = jax.random.split(jax.random.key(seed))
     return k_init, k_train
+
+
+def episode_key(seed: int) -> Array:
+    """Key of evaluation episodes, apart from those of training whatever the seeds."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"episodes"))
 
 
 # --- evaluation -----------------------------------------------------------------------------
@@ -175,7 +206,7 @@ def evaluator(made: Setup, method: Method | None = None, sample=None):
         parts = []
         for first in range(0, count, chunk):
             numbers = jnp.arange(first, first + chunk)
-            parts.append(jax.device_get(compiled(jax.random.key(seed), params, split, numbers)))
+            parts.append(jax.device_get(compiled(episode_key(seed), params, split, numbers)))
             progress.at(min(first + chunk, count))
         progress.close()
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
@@ -195,13 +226,13 @@ def summary(scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(made: Setup, params: MetaParams, count: int, seed: int):
+def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
     """The test of a trained run: `(what was measured, per-episode scores by name)`.
 
     On the same episodes: after adaptation, before it (step 0), the untrained network, and, for
-    images, the nearest class mean of raw pixels. On training classes: label memory.
+    images, the nearest class mean of raw pixels. On training classes: label memory. `judge` is an
+    `evaluator` of `made`.
     """
-    judge = evaluator(made)
     split = made.splits["test"]
     trained = judge(params, split, seed, count, "test")
     blank = made.trainer.init(keys(made.config.seed)[0]).params
@@ -283,6 +314,28 @@ def read_config(folder: Path) -> Config:
         ) from error
 
 
+def write_config(folder: Path, made: Setup) -> None:
+    """Writes `config.json`: the configuration, what the data were, and the versions."""
+    config = dataclasses.asdict(made.config)
+    record = {"config": config, "digests": made.digests, "versions": versions()}
+    write_json(folder / "config.json", record)
+
+
+def check_digests(folder: Path, made: Setup) -> None:
+    """Refuses data that are not those of the run.
+
+    Raises:
+      BadInput: A split has other classes or pixels.
+    """
+    before = json.loads((folder / "config.json").read_text())["digests"]
+    other = [name for name, digest in made.digests.items() if before.get(name) != digest]
+    if other:
+        raise BadInput(
+            f"the {' and '.join(other)} data are not those that {folder} was trained on; restore "
+            "them, or start a new run."
+        )
+
+
 def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -300,13 +353,17 @@ def versions() -> dict[str, str]:
 
 
 def save_episodes(folder: Path, scores: dict[str, np.ndarray], identity: dict[str, Any]) -> None:
-    """Per-episode scores, with what decides which episodes they are of."""
-    np.savez(folder / "episodes.npz", identity=np.array(json.dumps(identity)), **scores)
+    """Per-episode scores; episode e was drawn with the key `fold_in(episode_key(seed), e)`."""
+    numbers = np.arange(identity["episodes"])
+    stored = np.array(json.dumps(identity))
+    np.savez(folder / "episodes.npz", identity=stored, episode=numbers, **scores)
 
 
 def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
     """What must be equal for two runs to have been tested on the same episodes."""
     config = made.config
+    first = jax.random.fold_in(episode_key(seed), 0)
+    drawn = jax.jit(made.episode)(jax.random.split(first)[0], made.splits["test"])
     return {
         "data": config.data,
         "split": made.digests.get("test"),
@@ -315,17 +372,39 @@ def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
         "episodes": count,
         "seed": seed,
         "metric": made.metric,
+        "first": hashlib.sha256(np.asarray(drawn.query.x).tobytes()).hexdigest(),
     }
 
 
-def best_params(made: Setup, folder: Path) -> tuple[int, MetaParams]:
-    """Step and parameters of the best validation.
+class Saved(NamedTuple):
+    """What a checkpoint holds: the state, and the best of validation so far.
+
+    Attributes:
+      state: Of the trainer.
+      best: Meta-parameters.
+      best_step: Their step.
+      best_score: Their validation score; NaN before any was finite.
+    """
+
+    state: meta.State
+    best: MetaParams
+    best_step: Array
+    best_score: Array
+
+
+def begin(made: Setup) -> Saved:
+    """What a run starts from."""
+    state = jax.jit(made.trainer.init)(keys(made.config.seed)[0])
+    return Saved(state, state.params, jnp.zeros((), jnp.int32), jnp.full((), jnp.nan))
+
+
+def restore(made: Setup, folder: Path) -> Saved:
+    """The newest checkpoint of a run.
 
     Raises:
-      BadInput: The run has saved none yet.
+      BadInput: There is none that can be read.
     """
-    like = jax.eval_shape(made.trainer.init, jax.random.key(0)).params
     try:
-        return checkpoint.restore(folder / "best", like)
+        return checkpoint.restore(folder / "checkpoints", jax.eval_shape(lambda: begin(made)))[1]
     except checkpoint.CheckpointError as error:
-        raise BadInput(f"{folder} has no trained parameters to test: {error}") from error
+        raise BadInput(f"{folder} has no checkpoint that can be read: {error}") from error

@@ -7,13 +7,15 @@ change over training (`cp(..., start=1000)`) read the meta-step, so a spec parse
 """
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from experiments.cli import BadInput
 from mgaug_jax import learners, methods, nets, pruning
+from mgaug_jax.checks import check_count
 from mgaug_jax.modifiers import cp, full_and_worst, pp, total, worst, wp
 from mgaug_jax.types import Array, Loss, Method, Modifier, Net
 
@@ -50,19 +52,19 @@ def _gradient(make: Callable[..., Method]) -> Entry:
     return Entry(build, GRADIENT)
 
 
-def _protonet(problem: Problem) -> Method:
+def _protonet(problem: Problem, **options) -> Method:
     if problem.outputs is None:
         raise ValueError("protonet needs classes, but this is a regression problem; use maml.")
-    return methods.protonet(problem.net(None))
+    return methods.protonet(problem.net(None), **options)
 
 
 def _scheduled(make: Callable[..., Modifier], *arguments: str) -> Entry:
     """A pruner whose sub-networks take part from step `start` up to, not including, `stop`."""
 
     def build(step: Array, start: int = 0, stop: int | None = None, **options) -> Modifier:
-        for name, value in (("start", start), ("stop", stop)):
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name}={value} must be a meta-step, an integer of 0 or more.")
+        check_count("start", start, 0)
+        if stop is not None:
+            check_count("stop", stop, start + 1)
         if start == 0 and stop is None:
             return make(**options)
         active = step >= start
@@ -76,7 +78,7 @@ ALGORITHMS: Mapping[str, Entry] = {
     "fomaml": _gradient(methods.fomaml),
     "anil": _gradient(methods.anil),
     "meta_sgd": _gradient(methods.meta_sgd),
-    "protonet": Entry(_protonet, ()),
+    "protonet": Entry(_protonet, ("forward",)),
 }
 MODIFIERS: Mapping[str, Entry] = {
     "wp": _scheduled(wp),
@@ -99,7 +101,11 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "lowest_initial": pruning.lowest(pruning.initial),
     },
     "ranking": {"per_layer": pruning.per_layer, "globally": pruning.globally},
-    "select": {"released": pruning.released, "exact": pruning.exact},
+    "select": {
+        "released": pruning.released,
+        "released_by_rank": pruning.released_by_rank,
+        "exact": pruning.exact,
+    },
     "reduce": {
         "total": total,
         "worst": worst,
@@ -131,12 +137,8 @@ def method(text: str, problem: Problem) -> Callable[[Array], Method]:
             built = _build(MODIFIERS, modifier, arguments, step)(built)
         return built
 
-    try:
+    with _refusals(text):
         at(jnp.zeros((), jnp.int32))
-    except BadInput:
-        raise
-    except ValueError as error:
-        raise BadInput(f"{text}: {error}") from error
     return at
 
 
@@ -160,13 +162,20 @@ def net(text: str, **fixed: Any) -> Callable[[int | None], Net]:
             return _build(NETS, name, options, **fixed)
         return _build(NETS, name, options, way, **fixed)
 
-    try:
+    with _refusals(text):
         make(2)
+    return make
+
+
+@contextmanager
+def _refusals(text: str) -> Iterator[None]:
+    """Whatever the library refuses, as `BadInput` that quotes the text."""
+    try:
+        yield
     except BadInput:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise BadInput(f"{text}: {error}") from error
-    return make
 
 
 def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -194,6 +203,8 @@ def _call(text: str, node: ast.expr) -> tuple[str, dict[str, Any]]:
     arguments += [(str(word.arg), word.value) for word in call.keywords]
     options: dict[str, Any] = {}
     for name, value in arguments:
+        if name in options:
+            raise BadInput(f"{call.func.id} was given {name} twice.")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
@@ -219,8 +230,10 @@ def _build(entries: Mapping[str, Entry], name: str, options: dict[str, Any], *gi
             argument = entry.arguments[int(written)]
         if argument not in entry.arguments:
             known = ", ".join(entry.arguments) or "none"
-            what = f"a {int(written) + 1}th argument" if written.isdigit() else repr(written)
-            raise BadInput(f"{name} takes no {what}; its arguments: {known}.")
+            what = f"no argument {written!r}"
+            if written.isdigit():
+                what = f"at most {len(entry.arguments)} arguments"
+            raise BadInput(f"{name} takes {what}; its arguments: {known}.")
         if argument in taken:
             raise BadInput(f"{name} was given {argument} twice.")
         words = WORDS.get(argument)

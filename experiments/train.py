@@ -8,9 +8,9 @@ A method is an algorithm - fomaml, maml, anil, meta_sgd (lr, steps, forward) or 
 after bars, its modifiers: wp, pp, cp (keep, subnets, high, cap, sizes, reduce, start, stop; cp also
 scores, ranking, select; pp also pruner). The defaults run MGAug-CP on glyphs, 5-way 1-shot.
 
-A run folder holds config.json, metrics.jsonl, checkpoints/, best/, results.json, episodes.npz (the
-score of every test episode) and curves.png. Exit codes: 0 done, 2 bad input, 3 a loss that is not
-finite.
+A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
+validation), results.json, episodes.npz (the score of every test episode) and curves.png. It exits 0
+when done, 2 on bad input, 3 on a loss that is not finite.
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -51,9 +53,15 @@ flags.DEFINE_integer("way", 5, "Classes per task.")
 flags.DEFINE_integer("shot", 1, "Support examples per class.")
 flags.DEFINE_integer("queries", 5, "Query examples per class in training; tests use 15.")
 flags.DEFINE_integer("tasks", 4, "Tasks per meta-step.")
-flags.DEFINE_integer("steps", 1000, "Meta-steps.")
+flags.DEFINE_integer("steps", 400, "Meta-steps.")
 flags.DEFINE_float("outer_lr", 1e-3, "Learning rate of Adam in the outer loop.")
-flags.DEFINE_integer("eval_every", 200, "Meta-steps between validations and checkpoints.")
+flags.DEFINE_string(
+    "schedule", "constant", "Outer learning rate over the run: constant, or cosine (down to 0)."
+)
+flags.DEFINE_bool(
+    "rotations", False, "Training classes turned by 90, 180 and 270 degrees are classes too."
+)
+flags.DEFINE_integer("eval_every", 100, "Meta-steps between validations and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of the initial network and of training.")
 flags.DEFINE_string("out", None, "Run folder. Default: a new one under runs/, named by the spec.")
 flags.DEFINE_bool("resume", False, "Continue the run in --out from its last checkpoint.")
@@ -63,19 +71,19 @@ def main(arguments: Sequence[str]) -> int:
     del arguments
     names = [field.name for field in dataclasses.fields(runs.Config)]
     config = runs.Config(**{name: FLAGS[name].value for name in names})
-    begin = time.monotonic()
     made = runs.setup(config, say=print)
-    folder = run_folder(config, FLAGS.out, FLAGS.resume)
-    print(f"{config.method} on {config.data}, {config.way}-way {config.shot}-shot -> {folder}")
-    code = train(made, folder)
+    folder = run_folder(made, FLAGS.out, FLAGS.resume)
+    print(f"{config.method} on {config.task} -> {folder}")
+    judge = runs.evaluator(made)
+    begin = time.monotonic()
+    code = train(made, judge, folder)
     if code:
         return code
-    found = report(made, folder, time.monotonic() - begin)
-    runs.print_results(found)
+    runs.print_results(report(made, judge, folder, begin))
     return 0
 
 
-def run_folder(config: runs.Config, out: str | None, resume: bool) -> Path:
+def run_folder(made: runs.Setup, out: str | None, resume: bool) -> Path:
     """The folder to write to, new or resumed.
 
     Raises:
@@ -83,20 +91,24 @@ def run_folder(config: runs.Config, out: str | None, resume: bool) -> Path:
     """
     if out is None and resume:
         raise cli.BadInput("--resume needs --out, the folder of the run to continue.")
-    folder = Path(out) if out else _fresh(Path("runs") / slug(config))
-    record = {"config": dataclasses.asdict(config), "versions": runs.versions()}
+    folder = Path(out) if out else Path("runs") / slug(made.config)
     try:
+        if out is None:
+            folder = _fresh(folder)
         if (folder / "config.json").exists():
             if not resume:
                 raise cli.BadInput(
                     f"{folder} holds a run already; continue it with --resume or choose another "
                     "--out."
                 )
-            _same_run(runs.read_config(folder), config, folder)
+            _same_run(runs.read_config(folder), made.config, folder)
+            runs.check_digests(folder, made)
         elif resume:
             raise cli.BadInput(f"{folder} holds no run to resume; leave --resume out to start one.")
+        elif folder.exists() and any(folder.iterdir()):
+            raise cli.BadInput(f"{folder} is not empty; choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_json(folder / "config.json", record)
+        runs.write_config(folder, made)
     except OSError as error:
         raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
     return folder
@@ -104,8 +116,8 @@ def run_folder(config: runs.Config, out: str | None, resume: bool) -> Path:
 
 def slug(config: runs.Config) -> str:
     """A file name that tells the run."""
-    text = f"{config.data}-{config.way}w{config.shot}s-{config.method}-seed{config.seed}"
-    return re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_")
+    text = f"{config.task}-{config.method}-seed{config.seed}"
+    return re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_")[:150]
 
 
 def _fresh(folder: Path) -> Path:
@@ -120,10 +132,11 @@ def _fresh(folder: Path) -> Path:
 def _same_run(old: runs.Config, new: runs.Config, folder: Path) -> None:
     """Refuses to continue a run with a setting that changes what it computes."""
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    free = {"data_dir"} | ({"steps"} if new.schedule == "constant" else set())
     changed = [
         f"--{name} is {after[name]!r} but was {before[name]!r}"
         for name in before
-        if before[name] != after[name] and name not in ("steps", "data_dir")
+        if before[name] != after[name] and name not in free
     ]
     if changed:
         raise cli.BadInput(
@@ -132,132 +145,159 @@ def _same_run(old: runs.Config, new: runs.Config, folder: Path) -> None:
         )
 
 
-def train(made: runs.Setup, folder: Path) -> int:
+def train(made: runs.Setup, judge, folder: Path) -> int:
     """Runs to `config.steps` in compiled chunks; returns an exit code."""
     config = made.config
-    k_init, k_train = runs.keys(config.seed)
-    state, records = _begin(made, folder, k_init)
-    chunk = max(n for n in range(1, CHUNK + 1) if config.eval_every % n == 0)
+    _, k_train = runs.keys(config.seed)
+    saved, done = begin(made, folder)
     step = partial(jax.jit, static_argnames="steps", donate_argnames="state")(
         lambda key, state, data, steps: meta.run(made.trainer, made.sample, key, state, data, steps)
     )
-    validate = runs.evaluator(made)
-    done = int(state.step)
+    state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away to `step`
     progress = Progress("train", config.steps, done, "steps")
-    print(f"compiling; then {config.steps - done} steps")
-    board = _tensorboard(folder)
-    with (folder / "metrics.jsonl").open("a") as log:
-
-        def write(record: dict[str, Any]) -> None:
-            records.append(record)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            for name, value in record.items():
-                if board is not None and name != "step":
-                    board.add_scalar(name, value, record["step"])
-
+    print(f"compiling; then {config.steps - done} steps", flush=True)
+    with Records(folder) as records:
         while done < config.steps:
-            count = min(chunk, config.steps - done)
+            to_evaluation = config.eval_every - done % config.eval_every
+            count = min(CHUNK, to_evaluation, config.steps - done)
             state, info = step(k_train, state, made.splits["train"], steps=count)
             info = jax.device_get(info)
-            bad = ~np.isfinite(info["loss"])
-            if bad.any():
+            bad = np.flatnonzero(~np.isfinite(info["loss"]))
+            if bad.size:
                 progress.close()
-                first = done + int(np.argmax(bad))
-                print(
-                    f"error: the loss of step {first} is {info['loss'][first - done]}; the last "
-                    f"finite checkpoint stays in {folder / 'checkpoints'}. Lower a learning rate.",
-                    file=sys.stderr,
-                )
-                return EXIT_NOT_FINITE
+                return _not_finite(folder, f"loss of step {done + bad[0]}")
             done += count
-            record = {"step": done} | {name: float(v.mean()) for name, v in info.items()}
-            write(record)
-            note = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if k != "step")
+            means = {name: float(values.mean()) for name, values in info.items()}
+            records.add({"step": done} | means)
+            note = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             line = progress.at(done, note)
-            if done % config.eval_every == 0 or done == config.steps:
-                scores = validate(
-                    state.params, made.splits["val"], runs.VALIDATION_SEED, runs.VALIDATION_EPISODES
-                )
-                found = runs.summary(scores.adapted)
-                if _is_best(made.metric, found["mean"], records):
-                    checkpoint.save(folder / "best", done, state.params, keep=1)
-                write(
-                    {
-                        "step": done,
-                        f"val_{made.metric}": found["mean"],
-                        "val_half_width": found["half_width"],
-                        "val_step0": float(scores.initial.mean()),
-                    }
-                )
-                checkpoint.save(folder / "checkpoints", done, state)
+            if done % config.eval_every and done < config.steps:
+                continue
+            scores = judge(
+                state.params, made.splits["val"], runs.VALIDATION_SEED, runs.VALIDATION_EPISODES
+            )
+            found = runs.summary(scores.adapted)
+            if not math.isfinite(found["mean"]):
                 progress.close()
-                print(
-                    f"{line}  validation {found['mean']:.3f} +- {found['half_width']:.3f}",
-                    flush=True,
-                )
+                return _not_finite(folder, f"validation score after step {done}")
+            best = saved.best, saved.best_step, saved.best_score
+            if is_better(made.metric, found["mean"], float(saved.best_score)):
+                best = jax.tree.map(jnp.array, state.params), done, found["mean"]
+            saved = runs.Saved(state, best[0], jnp.int32(best[1]), jnp.float32(best[2]))
+            records.add(
+                {
+                    "step": done,
+                    f"val_{made.metric}": found["mean"],
+                    "val_half_width": found["half_width"],
+                    "val_step0": float(scores.initial.mean()),
+                }
+            )
+            checkpoint.save(folder / "checkpoints", done, saved)
+            progress.close()
+            print(
+                f"{line}  validation {found['mean']:.3f} +- {found['half_width']:.3f}", flush=True
+            )
     progress.close()
-    if board is not None:
-        board.close()
     return 0
 
 
-def _begin(made: runs.Setup, folder: Path, key: jax.Array) -> tuple[meta.State, list[dict]]:
-    """The last checkpoint and the records up to it, or a new state and none."""
-    log = folder / "metrics.jsonl"
-    state = jax.jit(made.trainer.init)(key)
+def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
+    """The newest checkpoint, the records cut back to it; or a new run.
+
+    Raises:
+      BadInput: The run was already trained for longer, or none of its checkpoints can be read.
+    """
     if not checkpoint.steps(folder / "checkpoints"):
-        log.unlink(missing_ok=True)
-        return state, []
-    try:
-        step, state = checkpoint.restore(folder / "checkpoints", state)
-    except checkpoint.CheckpointError as error:
-        raise cli.BadInput(f"{folder} cannot be resumed: {error}") from error
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    records = [record for record in records if record["step"] <= step]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    print(f"resumed at step {step}")
-    return state, records
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        return runs.begin(made), 0
+    saved = runs.restore(made, folder)
+    done = int(saved.state.step)
+    if done > made.config.steps:
+        raise cli.BadInput(f"{folder} is at step {done} already; give --steps={done} or more.")
+    records = [record for record in read_records(folder) if record["step"] <= done]
+    write_records(folder, records)
+    print(f"resumed at step {done}")
+    return saved, done
 
 
-def _is_best(metric: str, value: float, records: list[dict]) -> bool:
-    """Whether no earlier validation was better; of equals the later one is kept."""
-    earlier = [record[f"val_{metric}"] for record in records if f"val_{metric}" in record]
-    if metric == "accuracy":
-        return value >= max(earlier, default=-math.inf)
-    return value <= min(earlier, default=math.inf)
+def is_better(metric: str, value: float, best: float) -> bool:
+    """Whether a validation score is the best; of equals the later is. `best` is NaN at first."""
+    if math.isnan(best):
+        return True
+    return value >= best if metric == "accuracy" else value <= best
 
 
-def _tensorboard(folder: Path):
-    """A TensorBoard writer if tensorboardX is installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
+def _not_finite(folder: Path, what: str) -> int:
+    last = checkpoint.steps(folder / "checkpoints")
+    kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint was made yet"
+    print(f"error: the {what} is not finite; {kept}. Lower a learning rate.", file=sys.stderr)
+    return EXIT_NOT_FINITE
 
 
-def report(made: runs.Setup, folder: Path, seconds: float) -> dict[str, Any]:
+class Records:
+    """`metrics.jsonl`, appended to line by line, and TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path):
+        self.log = (folder / "metrics.jsonl").open("a")
+        self.board = None
+        with suppress(ImportError):
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+        if self.board is not None:
+            for name in record.keys() - {"step"}:
+                self.board.add_scalar(name, record[name], record["step"])
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of `metrics.jsonl`; a kill may have cut the last one short."""
+    records = []
+    with suppress(FileNotFoundError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
+    temporary = folder / "metrics.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(folder / "metrics.jsonl")
+
+
+def report(made: runs.Setup, judge, folder: Path, begin: float) -> dict[str, Any]:
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
-    step, params = runs.best_params(made, folder)
-    print(f"testing the parameters of step {step} on {runs.TEST_EPISODES} episodes")
-    begin = time.monotonic()
-    found, scores = runs.measure(made, params, runs.TEST_EPISODES, runs.TEST_SEED)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    saved = runs.restore(made, folder)
+    step = int(saved.best_step)
+    print(f"testing the parameters of step {step} on {runs.TEST_EPISODES} episodes", flush=True)
+    found, scores = runs.measure(made, judge, saved.best, runs.TEST_EPISODES, runs.TEST_SEED)
     results = {
         "config": dataclasses.asdict(made.config),
+        "task": made.config.task,
         "metric": made.metric,
         "best_step": step,
         **found,
         "chance": 1 / made.config.way if made.metric == "accuracy" else None,
-        "seconds": round(seconds + time.monotonic() - begin, 1),
+        "session_seconds": round(time.monotonic() - begin, 1),
         "digests": made.digests,
         "versions": runs.versions(),
     }
     runs.write_json(folder / "results.json", results)
     identity = runs.episode_identity(made, runs.TEST_EPISODES, runs.TEST_SEED)
     runs.save_episodes(folder, scores, identity)
-    plots.curves(records, results, folder / "curves.png")
+    plots.curves(read_records(folder), results, folder / "curves.png")
     print(f"wrote {folder / 'results.json'}, episodes.npz and curves.png")
     return results
 

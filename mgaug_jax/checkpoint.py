@@ -18,7 +18,11 @@ class CheckpointError(ValueError):
 
 
 def save(folder: str | Path, step: int, tree: Any, keep: int = 2) -> None:
-    """Writes `tree` (a pytree of arrays) as `folder/<step>`; the newest `keep` steps stay."""
+    """Writes `tree` (a pytree of arrays) as `folder/<step>`.
+
+    Of the steps up to this one the newest `keep` stay; later ones, of a run that was resumed before
+    them, go.
+    """
     import orbax.checkpoint as ocp
 
     path = Path(folder).absolute() / str(step)
@@ -28,7 +32,8 @@ def save(folder: str | Path, step: int, tree: Any, keep: int = 2) -> None:
     payload = {"leaves": dict(zip(_names(leaves), leaves, strict=True)), "digest": _digest(leaves)}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, payload)
-    for old in steps(folder)[:-keep]:
+    earlier = [old for old in steps(folder) if old <= step]
+    for old in set(steps(folder)) - set(earlier[-keep:]):
         shutil.rmtree(Path(folder) / str(old))
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgaug_jax.checks import check_count
 from mgaug_jax.types import Array, Examples, Task
 
 
@@ -99,20 +100,28 @@ def sampler(
     Raises:
       ValueError: A size is not a positive integer, or way is 1.
     """
-    for name, value, least in (
-        ("way", way, 2),
-        ("shot", shot, 1),
-        ("queries", queries, 1),
-        ("tasks", tasks, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value} was asked for; take an integer of {least} or more.")
+    check_count("way", way, 2)
+    for name, value in (("shot", shot), ("queries", queries), ("tasks", tasks)):
+        check_count(name, value)
 
     def sample(key: Array, images: Images) -> Task:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tasks))
         return jax.vmap(lambda key: sample_task(key, images, way, shot, queries, choose))(keys)
 
     return sample
+
+
+def with_rotations(images: Images) -> Images:
+    """Every class, then every class turned by 90, by 180 and by 270 degrees, as classes of their
+    own: `[4 C, M, h, w, c]`, h = w. Omniglot's usual training set (Vinyals et al. 2016).
+
+    Raises:
+      ValueError: The images are not square.
+    """
+    if images.pixels.shape[2] != images.pixels.shape[3]:
+        raise ValueError("Turned classes were asked for, but the images are not square.")
+    turned = [jnp.rot90(images.pixels, turns, axes=(2, 3)) for turns in range(4)]
+    return images._replace(pixels=jnp.concatenate(turned), counts=jnp.tile(images.counts, 4))
 
 
 def check(images: Images, way: int, shot: int, queries: int, name: str = "this split") -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mgaug_jax.checks import check_count
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import Array, Examples, Learner, Loss, MetaParams, Net, Params, Transform
 
@@ -34,6 +35,9 @@ def transductive(net: Net, params: Params, support: Examples, x: Array) -> Array
 def inductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
     """Batch norm of the queries by the support's statistics: one query's prediction does not
     depend on the others.
+
+    Raises:
+      ValueError: The network cannot choose its statistics (`apply_by_first` is None).
     """
     if net.apply_by_first is None:
         raise ValueError(
@@ -76,8 +80,7 @@ def descend(
     Raises:
       ValueError: `steps` is not a positive integer.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps} inner steps were asked for; take an integer of 1 or more.")
+    check_count("steps", steps)
 
     def init(key: Array) -> MetaParams:
         params = net.init(key)
@@ -109,13 +112,14 @@ def descend(
 
 
 class Prototypes(NamedTuple):
-    """The embedding's parameters and the class means `[W, d]`."""
+    """The embedding's parameters, the class means `[W, d]`, and the support they are of."""
 
     params: Params
     means: Array
+    support: Examples
 
 
-def prototypes(net: Net, inner: Transform) -> Learner:
+def prototypes(net: Net, inner: Transform, *, forward: Forward = transductive) -> Learner:
     """ProtoNet: logits `-|z - c_n|^2`, `c_n` the mean support embedding of class n (Snell 2017).
 
     Support and query are embedded by separate calls, each with its own batch statistics. There is
@@ -132,10 +136,10 @@ def prototypes(net: Net, inner: Transform) -> Learner:
 
     def embed(params: MetaParams, support: Examples) -> Prototypes:
         sums = support.y.T @ net.apply(params.net, support.x)
-        return Prototypes(params.net, sums / jnp.sum(support.y, axis=0)[:, None])
+        return Prototypes(params.net, sums / jnp.sum(support.y, axis=0)[:, None], support)
 
     def predict(fast: Prototypes, x: Array) -> Array:
-        z = net.apply(fast.params, x)
+        z = forward(net, fast.params, fast.support, x)
         return -jnp.sum(jnp.square(z[:, None] - fast.means), axis=-1)
 
     return Learner(

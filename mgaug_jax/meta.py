@@ -86,19 +86,14 @@ def meta_gradient(
     k_inner, k_masks, k_views = jax.random.split(key, 3)
     views = method.views
 
-    def full_view(k_inner: Array, k_masks: Array, task: Task):
-        full = view(method, k_inner, params, task)
+    def full_view(key: Array, task: Task):
+        full = view(method, key, params, task)
         info = {"query_loss": full.loss}
         if task.query.y.shape[-1] > 1:
             info["accuracy"] = accuracy(full.logits, task.query.y)
-        masks = None
-        if views is not None:
-            shown = probe(method, params, task, full.grads)
-            masks = views.masks(k_masks, method.net, params.net, shown)
-        return (full.loss, full.grads), info, masks
+        return (full.loss, full.grads), info
 
-    keys = _task_keys(k_inner, tasks), _task_keys(k_masks, tasks)
-    full, info, masks = map_tasks(method.net, full_view, *keys, tasks)
+    full, info = map_tasks(method.net, full_view, _task_keys(k_inner, tasks), tasks)
 
     def combine(per_view, over_views) -> tuple[MetaParams, Array]:
         """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective."""
@@ -111,6 +106,12 @@ def meta_gradient(
         return combine(jax.tree.map(lambda leaf: leaf[:, None], full), over_views=jnp.sum)
 
     def augmented(views: Views) -> tuple[MetaParams, Array]:
+        def task_masks(key: Array, task: Task, grads: MetaParams) -> Params:
+            shown = probe(method, params, task, grads)
+            return views.masks(key, method.net, params.net, shown)
+
+        keys = _task_keys(k_masks, tasks)
+        masks = map_tasks(method.net, task_masks, keys, tasks, full[1])
         pruned = _pruned_views(method, views, k_views, params, tasks, masks)
         join = lambda full, rest: jnp.concatenate([full[:, None], jnp.moveaxis(rest, 0, 1)], 1)
         return combine(jax.tree.map(join, full, pruned), over_views=views.reduce)

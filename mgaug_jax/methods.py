@@ -1,12 +1,12 @@
 """The algorithms by name: each a composition of a learner and a transform of its gradients."""
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mgaug_jax.checks import check_rate
 from mgaug_jax.learners import Forward, descend, detach, identity, prototypes, transductive
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import Array, Loss, Method, Net, Params
@@ -99,9 +99,9 @@ def meta_sgd(
     return _gradient_method(net, steps, rule, loss, forward, extra=rates)
 
 
-def protonet(net: Net) -> Method:
-    """ProtoNet (Snell et al. 2017) on an embedding network (`way=None`)."""
-    return Method(net, prototypes, identity(), None, jnp.mean)
+def protonet(net: Net, *, forward: Forward = transductive) -> Method:
+    """ProtoNet (Snell et al. 2017) on an embedding network (`way=None`); `forward` as in `maml`."""
+    return Method(net, partial(prototypes, forward=forward), identity(), None, jnp.mean)
 
 
 def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
@@ -109,23 +109,3 @@ def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
     method = Method(net, algorithm, identity(), None, jnp.mean)
     algorithm(net, method.inner)  # refuses bad settings here, not at the first step
     return method
-
-
-def check_rate(name: str, value: float | Array, upper: float = math.inf) -> None:
-    """Refuses what is no number, NaN or outside [0, upper]; traced values are not looked at."""
-    number = known(value)
-    if number is None:
-        return
-    if not 0 <= number <= upper or number == math.inf:
-        limits = "0 or more" if upper == math.inf else f"between 0 and {upper:g}"
-        raise ValueError(f"{name}={value} was asked for; take a number of {limits}.")
-
-
-def known(value: float | Array) -> float | None:
-    """The value of a number, NaN for what is none, None for a traced one."""
-    try:
-        return float(value)
-    except jax.errors.ConcretizationTypeError:
-        return None
-    except (TypeError, ValueError):
-        return math.nan

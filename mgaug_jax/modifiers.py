@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mgaug_jax import pruning
-from mgaug_jax.methods import known
+from mgaug_jax.checks import check_count, check_fraction, known
 from mgaug_jax.types import Array, Method, Modifier, Net, Params, Probe, Pruner, Views
 
 
@@ -67,7 +67,8 @@ def mgaug(
         1 a sub-network may be the full network.
       subnets: U.
       sizes: Resolutions of the sub-networks' images; each draws one per meta-step, support and
-        query alike. Empty: the images as they are.
+        query alike. Empty: the images as they are. Only the drawn size is computed, except under
+        a `vmap` of the whole step, where every size is.
       reduce: `total` (Eq. 7), or the MaxUp readings `worst` and `full_and_worst`.
       active: Whether the sub-networks take part; may be traced, so that
         `trainer(lambda step: cp(keep=.98, active=step >= 1000)(method), ...)` switches on late.
@@ -77,16 +78,14 @@ def mgaug(
         the pruner finds nothing to prune.
     """
     for name, value in (("keep", keep), ("high", high), ("cap", cap)):
-        _check_fraction(name, value)
+        check_fraction(name, value)
     if (least := known(keep)) is not None and (most := known(high)) is not None and least > most:
         raise ValueError(f"keep={keep} is the smallest fraction kept but exceeds high={high}.")
-    if not isinstance(subnets, int) or subnets < 1:
-        raise ValueError(
-            f"subnets={subnets} sub-networks were asked for; take an integer of 1 or more, or "
-            "leave the pruner out for the plain method."
-        )
-    if any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"sizes={tuple(sizes)} must be positive integers, in pixels.")
+    check_count("subnets", subnets)
+    if not isinstance(sizes, tuple | list):
+        raise ValueError(f"sizes={sizes!r} must be a tuple of pixels, as in (84, 64, 48).")
+    for size in sizes:
+        check_count("a size in sizes", size)
 
     def masks(key: Array, net: Net, params: Params, probe: Probe) -> Params:
         k_rates, k_masks = jax.random.split(key)
@@ -129,15 +128,6 @@ def wp(**options) -> Modifier:
 def compose(*modifiers: Modifier) -> Modifier:
     """One modifier of several, the last applied first: `compose(a, b)(m)` is `a(b(m))`."""
     return functools.reduce(lambda f, g: lambda method: f(g(method)), modifiers, lambda m: m)
-
-
-def _check_fraction(name: str, value: float | Array) -> None:
-    number = known(value)
-    if number is not None and not 0 < number <= 1:
-        raise ValueError(
-            f"{name}={value} was asked for, but a sub-network keeps a fraction of its weights; "
-            "take a number in (0, 1]."
-        )
 
 
 def _check_prunes(pruner: Pruner, net: Net) -> None:

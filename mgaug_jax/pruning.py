@@ -6,6 +6,7 @@ leaves that are not pruned hold the scalar 1.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,6 @@ from jax.flatten_util import ravel_pytree
 
 from mgaug_jax.types import Array, Net, Params, Probe
 
-Select = Callable[[Array, Array], Array]
-"""`(scores [n], keep) -> kept [n] bool`: which of the scores ranked together stay."""
 Scores = Callable[[Params, Probe], Params]
 """`(params, probe) -> scores` in the tree of `params`."""
 
@@ -52,28 +51,59 @@ def leave_one_out(params: Params, probe: Probe) -> Params:
 # --- which scores go ------------------------------------------------------------------------
 
 
-def _excess(size: int, keep: Array) -> Array:
-    """`size (1 - keep)`, nudged up by the rounding of `keep` so that a floor meets the integer
-    meant: 8000 (1 - .99) is 80, which float32 takes for 79.9999.
+class Select(NamedTuple):
+    """A rule that says which of the scores ranked together stay.
+
+    Attributes:
+      count: `(n, keep) -> number of n scores that go`.
+      mask: `(scores [n], number that go) -> kept [n] bool`.
+    """
+
+    count: Callable[[int, Array], Array]
+    mask: Callable[[Array, Array], Array]
+
+    def __call__(self, scores: Array, keep: Array) -> Array:
+        """`kept [n] bool` of `scores [n]`."""
+        return self.mask(scores, self.count(scores.size, keep))
+
+
+def _share(n: int, keep: Array, plus: float = 0) -> Array:
+    """floor(n (1 - keep) + plus), exact for the rate that was meant.
+
+    In float32 8000 (1 - .99) is 79.9999. There the rate is taken in millionths and multiplied in
+    integers, by thousands, so that nothing overflows; a float64 product is right but for its last
+    bits.
     """
     keep = jnp.asarray(keep)
-    return size * (1 - keep) + size * jnp.finfo(keep.dtype).eps
+    if keep.dtype == jnp.float64:
+        return jnp.floor(n * (1 - keep) + plus + n * jnp.finfo(keep.dtype).eps).astype(int)
+    rate = jnp.round((1 - keep.astype(jnp.float32)) * 1e6).astype(int)
+    (n1, n0), (r1, r0) = divmod(n, 1000), jnp.divmod(rate, 1000)
+    return n1 * r1 + (n1 * r0 + n0 * r1 + n0 * r0 // 1000 + round(1000 * plus)) // 1000
 
 
-def released(scores: Array, keep: Array) -> Array:
-    """The released code's rule: what is at most the k-th largest score, k = floor(n (1 - keep)), is
-    kept. So k - 1 of n distinct scores go (none for k = 0), and ties at the threshold stay.
-    """
-    k = jnp.floor(_excess(scores.size, keep)).astype(int)
-    return scores <= jnp.sort(scores, descending=True)[jnp.maximum(k - 1, 0)]
+def _keep_ties(scores: Array, number: Array) -> Array:
+    """The scores up to the one that follows the `number` largest, and all that equal it."""
+    return scores <= jnp.sort(scores, descending=True)[number]
 
 
-def exact(scores: Array, keep: Array) -> Array:
-    """Eq. 6: the round(n (1 - keep)) largest of n scores go, half rounded up; among equal scores
-    the earlier entry goes first.
-    """
+def _by_rank(scores: Array, number: Array) -> Array:
+    """All but the `number` largest; among equal scores the earlier goes first."""
     ranks = jnp.zeros(scores.size, int).at[jnp.argsort(-scores)].set(jnp.arange(scores.size))
-    return ranks >= jnp.floor(_excess(scores.size, keep) + 0.5)
+    return ranks >= number
+
+
+def _released(n: int, keep: Array) -> Array:
+    return jnp.maximum(_share(n, keep) - 1, 0)
+
+
+released = Select(_released, _keep_ties)
+"""The released code's rule: the threshold is the k-th largest score, k = floor(n (1 - keep)), and
+stays with all that equal it. So k - 1 of n distinct scores go, and none for k = 0."""
+released_by_rank = Select(_released, _by_rank)
+"""As many as `released`, also where scores are equal: for controls at equal counts."""
+exact = Select(lambda n, keep: _share(n, keep, 0.5), _by_rank)
+"""Eq. 6: the round(n (1 - keep)) largest of n scores go, half rounded up."""
 
 
 # --- masks of a whole network ---------------------------------------------------------------
@@ -91,12 +121,14 @@ def per_layer(net: Net, scores: Params, keep: Array, select: Select = released) 
 
 
 def globally(net: Net, scores: Params, keep: Array, select: Select = released) -> Params:
-    """Masks that rank the entries of all prunable leaves together."""
+    """Masks that rank the entries of all prunable leaves together; as many go as by `per_layer`."""
     chosen = jax.tree.map(lambda role, leaf: leaf if role.prunable else None, net.roles, scores)
-    if not jax.tree.leaves(chosen):
+    layers = jax.tree.leaves(chosen)
+    if not layers:
         return per_layer(net, scores, keep, select)
     flat, unravel = ravel_pytree(chosen)
-    masks = unravel(select(flat, keep).astype(flat.dtype))
+    number = sum(select.count(layer.size, keep) for layer in layers)
+    masks = unravel(select.mask(flat, jnp.asarray(number)).astype(flat.dtype))
     one = lambda role, leaf, mask: mask if role.prunable else jnp.ones((), leaf.dtype)
     return jax.tree.map(one, net.roles, scores, masks)
 
@@ -110,7 +142,7 @@ def catfish(scores: Scores = adapted, ranking=per_layer, select: Select = releas
     Args:
       scores: `adapted` (released code), `initial` (paper), `leave_one_out`, or your own.
       ranking: `per_layer` (paper and code) or `globally`.
-      select: `released` (k - 1, ties kept) or `exact`.
+      select: `released` (k - 1, ties kept), `released_by_rank` or `exact`.
     """
 
     def prune(key: Array, net: Net, params: Params, probe: Probe, keep: Array) -> Params:
@@ -121,8 +153,10 @@ def catfish(scores: Scores = adapted, ranking=per_layer, select: Select = releas
 
 
 def lowest(scores: Scores = adapted) -> Scores:
-    """Turns scores around, so that as many weights go, but those that memorise least: the
-    control of Remark 1, `catfish(lowest(adapted))`.
+    """Turns scores around, so that those weights go that memorise least: the control of Remark 1.
+
+    At equal counts with `select=released_by_rank`, for the weights of dead channels all score zero
+    and `released` keeps ties.
     """
     return lambda params, probe: jax.tree.map(jnp.negative, scores(params, probe))
 

@@ -11,7 +11,18 @@ def resize(x: Array, size: int) -> Array:
 
     Output i reads source `i (h - 1) / (size - 1)` by linear interpolation. `jax.image.resize` uses
     half-pixel centres and is a different map.
+
+    >>> resize(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1), 3)[0, 0, :, 0].tolist()
+    [0.0, 0.5, 1.0]
+
+    Raises:
+      ValueError: `x` is no batch of images.
     """
+    if x.ndim != 4:
+        raise ValueError(
+            f"Examples of shape {x.shape[1:]} were to be resized, but only images [h, w, c] can "
+            "be; leave sizes out."
+        )
     if x.shape[1:3] == (size, size):
         return x
     rows, columns = (jnp.asarray(_weights(n, size), x.dtype) for n in x.shape[1:3])

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 from experiments import cli, compare, evaluate, runs, spec, train
-from mgaug_jax import losses, nets
+from mgaug_jax import checkpoint, losses, nets
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -67,11 +68,7 @@ def finished(tmp_path_factory, glyph_cache):
 
 
 def final_state(folder: Path):
-    from mgaug_jax import checkpoint
-
-    made = runs.setup(runs.read_config(folder))
-    like = jax.eval_shape(made.trainer.init, jax.random.key(0))
-    return checkpoint.restore(folder / "checkpoints", like)
+    return runs.restore(runs.setup(runs.read_config(folder)), folder)
 
 
 def test_run_leaves_everything_behind(finished):
@@ -91,13 +88,15 @@ def test_run_leaves_everything_behind(finished):
 
 def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    shorter = [*TINY, "--steps=2", f"--out={folder}"]
+    shorter = [*TINY, "--steps=3", f"--out={folder}"]  # between two evaluations
     assert start(monkeypatch, train, *shorter) == 0
     assert start(monkeypatch, train, *TINY, f"--out={folder}", "--resume") == 0
-    (step, resumed), (whole_step, whole) = final_state(folder), final_state(finished)
-    assert step == whole_step == 4
+    resumed, whole = final_state(folder), final_state(finished)
+    assert resumed.state.step == whole.state.step == 4
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    assert (folder / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    records = lambda folder: [r for r in train.read_records(folder) if "val_accuracy" in r]
+    assert [record["step"] for record in records(folder)] == [2, 3, 4]
+    assert records(folder)[-1] == records(finished)[-1]
 
 
 def test_evaluate_repeats_the_test(finished, tmp_path, monkeypatch):
@@ -135,6 +134,43 @@ def test_resume_with_other_settings_is_refused(finished, monkeypatch, capsys):
     assert "--outer_lr is 0.5 but was 0.001" in text
 
 
+def test_fewer_steps_than_done_are_refused(finished, monkeypatch, capsys):
+    arguments = (*TINY, f"--out={finished}", "--resume", "--steps=2")
+    assert "is at step 4 already" in refused(capsys, monkeypatch, train, *arguments)
+    assert runs.read_config(finished).steps == 2  # what was asked for last
+    assert start(monkeypatch, train, *TINY, f"--out={finished}", "--resume") == 0
+
+
+def test_a_best_of_a_discarded_future_goes(tmp_path):
+    for step in (100, 400, 250):
+        checkpoint.save(tmp_path, step, jnp.zeros(1), keep=2)
+    assert checkpoint.steps(tmp_path) == [100, 250]
+
+
+def test_checkpoint_with_a_changed_byte_is_passed_over(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, jnp.full(500, float(step)))
+    data = [path for path in (tmp_path / "2").rglob("*") if path.parent.name == "d"]
+    assert data
+    for path in data:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        step, tree = checkpoint.restore(tmp_path, jnp.zeros(500))
+    assert step == 1
+    assert (tree == 1).all()
+
+
+def test_digest_notices_what_was_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digest", lambda leaves: np.zeros(32, np.uint8))
+    checkpoint.save(tmp_path, 1, jnp.ones(3))
+    monkeypatch.undo()
+    with (
+        pytest.warns(UserWarning, match="digest"),
+        pytest.raises(checkpoint.CheckpointError, match="digest"),
+    ):
+        checkpoint.restore(tmp_path, jnp.ones(3))
+
+
 def test_loss_that_is_not_finite_exits_3(tmp_path, monkeypatch, capsys):
     arguments = ("--data=sinusoid", "--shot=5", "--steps=2", "--method=maml(lr=1e30,steps=3)")
     assert start(monkeypatch, train, *arguments, f"--out={tmp_path / 'run'}") == 3
@@ -154,20 +190,32 @@ def test_regression_run(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--method=fomal(lr=0.1)": "'fomal' is no algorithm; known: anil, fomaml, maml",
-    "--method=fomaml(rate=0.1)": "fomaml takes no 'rate'; its arguments: lr, steps, forward",
+    "--method=fomaml(rate=0.1)": "fomaml takes no argument 'rate'; its arguments: lr, steps, forward",
     "--method=fomaml|dropout(0.1)": "'dropout' is no modifier; known: cp, pp, wp",
     "--method=fomaml(lr=": "is not a spec",
     "--method=fomaml(lr=__import__('os'))": "is not a literal",
     "--method=fomaml|cp(keep=0)": "keep=0 was asked for",
     "--method=fomaml|cp(keep=1.5)": "keep=1.5 was asked for",
-    "--method=fomaml|cp(keep='nan')": "keep=nan was asked for",
+    "--method=fomaml|cp(keep='nan')": "keep='nan' was asked for",
     "--method=fomaml|cp": "cp needs keep",
     "--method=fomaml|cp(keep=0.9)|wp(keep=0.9)": "Sub-networks were asked for twice",
     "--method=fomaml|cp(keep=0.9,scores='best')": "scores is one of adapted, initial",
     "--method=fomaml(lr=-1)": "lr=-1 was asked for",
     "--method=fomaml(lr=1e999)": "lr=inf was asked for",
-    "--method=fomaml(steps=0)": "steps=0 inner steps",
+    "--method=fomaml(steps=0)": "steps=0 was asked for",
     "--method=fomaml|cp(keep=0.9,sizes=(4,))": "too small",
+    "--method=fomaml|cp(keep=0.9,sizes=16)": "sizes=16 must be a tuple",
+    "--method=fomaml|cp(keep=True)": "keep=True was asked for",
+    "--method=fomaml|cp(keep=0.9,start=5,stop=2)": "stop=2 was asked for",
+    "--method=fomaml(lr=0.1,lr=5)": "fomaml was given lr twice",
+    "--method=fomaml(0.1,5,'inductive',7)": "fomaml takes at most 3 arguments",
+    "--method=fomaml(steps=True)": "steps=True was asked for",
+    f"--method=fomaml(lr={10**400})": "was asked for",
+    "--net=conv4(width=0)": "width=0 was asked for",
+    "--net=conv4(width='a')": "width='a' was asked for",
+    "--net=mlp": "the data are images",
+    "--seed=-1": "--seed=-1 must be from 0",
+    f"--seed={10**30}": "must be from 0",
     "--net=conv5": "'conv5' is no network",
     "--way=1": "way=1 was asked for",
     "--way=5000": "way=5000 was asked for, but the train split has",
@@ -192,7 +240,11 @@ def test_bad_input_is_one_sentence_and_exit_2(argument, monkeypatch, capsys, tmp
 
 def test_wrong_data_folder_shows_the_expected_tree(monkeypatch, capsys, tmp_path):
     arguments = ("--data=omniglot", f"--data_dir={tmp_path}")
-    assert "images_background" in refused(capsys, monkeypatch, train, *arguments)
+    assert start(monkeypatch, train, *arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: omniglot was asked for from")
+    assert "\n  images_background/ " in text
+    assert "\n      character01/" in text
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "compare", "parity"])
@@ -201,6 +253,7 @@ def test_help_exits_0_and_teaches(name):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert f"python -m experiments.{name}" in done.stdout
+    assert ("--steps (default 400)" in done.stdout) == (name == "train")
 
 
 def test_every_flag_says_what_it_is():

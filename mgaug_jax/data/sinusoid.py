@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mgaug_jax.checks import check_count
 from mgaug_jax.types import Array, Examples, Task
 
 
@@ -29,8 +30,7 @@ def sampler(shot: int, queries: int, tasks: int) -> Callable[[Array, Any], Task]
       ValueError: A size is not a positive integer.
     """
     for name, value in (("shot", shot), ("queries", queries), ("tasks", tasks)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value} was asked for; take an integer of 1 or more.")
+        check_count(name, value)
 
     def sample(key: Array, data: Any = None) -> Task:
         del data

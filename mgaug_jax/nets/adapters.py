@@ -111,8 +111,8 @@ def net_of(
 def guess_roles(params: Params, head: str | None) -> Any:
     """Roles by shape: convolution kernels are prunable, in a net without any the hidden dense ones.
 
-    Output features are taken to lie on the last axis of a kernel, and every vector outside the
-    head to belong to them, as in flax. Without `head` no dense kernel can be told to be hidden.
+    Output features are taken to lie on the last axis of a kernel, and the vectors beside it and of
+    norms to belong to them, as in flax. Without `head` no dense kernel can be told to be hidden.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     in_head = [head is not None and head in _names(path) for path, _ in leaves]
@@ -121,15 +121,17 @@ def guess_roles(params: Params, head: str | None) -> Any:
         raise ValueError(f"The network has no layer {head!r} to be its head. It has {known}.")
     convolutional = any(leaf.ndim > 2 for _, leaf in leaves)
 
-    def role(leaf, is_head: bool) -> Role:
+    dense = {path[:-1] for path, leaf in leaves if leaf.ndim == 2 and len(path) > 1}
+
+    def role(path, leaf, is_head: bool) -> Role:
         if is_head:
             return Role(head=True)
-        hidden_dense = leaf.ndim == 2 and not convolutional and head is not None
-        prunable = leaf.ndim > 2 or hidden_dense
-        hidden = prunable or (leaf.ndim == 1 and (convolutional or head is not None))
-        return Role(prunable, leaf.ndim - 1 if hidden else None)
+        prunable = leaf.ndim > 2 if convolutional else leaf.ndim == 2 and head is not None
+        # the bias of a layer that stays whole stays whole too
+        vector = leaf.ndim == 1 and (path[:-1] not in dense if convolutional else head is not None)
+        return Role(prunable, leaf.ndim - 1 if prunable or vector else None)
 
-    roles = [role(leaf, is_head) for (_, leaf), is_head in zip(leaves, in_head, strict=True)]
+    roles = [role(*leaf, is_head) for leaf, is_head in zip(leaves, in_head, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), roles)
 
 

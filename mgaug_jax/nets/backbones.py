@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mgaug_jax.checks import check_count
 from mgaug_jax.nets import lowering
 from mgaug_jax.nets.adapters import net_of
 from mgaug_jax.nets.layers import BatchNorm, Conv, Dense, normal_fan_out
@@ -59,7 +60,11 @@ def global_mean(x: Array) -> Array:
 
 
 def top_left_mean(x: Array) -> Array:
-    """Mean over rows and columns 0..4, the released code's pool; needs a map of 5x5 or more."""
+    """Mean over rows and columns 0..4, the released code's pool.
+
+    Raises:
+      ValueError: The map is smaller than 5x5.
+    """
     if min(x.shape[1:3]) < 5:
         raise ValueError(
             f"top_left_mean averages 5x5 positions but the last map is {x.shape[1]}x{x.shape[2]}. "
@@ -120,6 +125,9 @@ def conv4(
     Raises:
       ValueError: The images are too small for four halvings.
     """
+    check_count("width", width)
+    if way is not None:
+        check_count("way", way)
     if min(image[:2]) < 16:
         raise ValueError(
             f"conv4 halves its input four times but the images are {image[0]}x{image[1]}. "
@@ -135,7 +143,7 @@ def resnet10(
     image: tuple[int, int, int] = (224, 224, 3),
     pool: Callable[[Array], Array] = global_mean,
 ) -> Net:
-    """ResNet-10: one basic block per stage. Arguments as for `conv4`.
+    """ResNet-10: one basic block per stage; `way` and `image` as in `conv4`.
 
     `pool` makes `[n, c]` of the last map: `global_mean`, or the released code's `top_left_mean`.
     """
@@ -148,11 +156,13 @@ def resnet18(
     image: tuple[int, int, int] = (224, 224, 3),
     pool: Callable[[Array], Array] = global_mean,
 ) -> Net:
-    """ResNet-18: two basic blocks per stage. Arguments as for `resnet10`."""
+    """ResNet-18: two basic blocks per stage; arguments as for `resnet10`."""
     return _resnet(way, 2, image, pool)
 
 
 def _resnet(way, blocks, image, pool) -> Net:
+    if way is not None:
+        check_count("way", way)
     module = ResNet(way, blocks, pool)
     return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m))
 
@@ -171,7 +181,15 @@ class Perceptron(nn.Module):
 
 
 def mlp(hidden: tuple[int, ...] = (40, 40), *, inputs: int = 1, outputs: int = 1) -> Net:
-    """The regression network of the sinusoid problems: `[n, inputs] -> [n, outputs]`."""
+    """The regression network of the sinusoid problems: `[n, inputs] -> [n, outputs]`.
+
+    Raises:
+      ValueError: `hidden` is not a tuple of positive integers.
+    """
+    if not isinstance(hidden, tuple | list):
+        raise ValueError(f"hidden={hidden!r} must be a tuple of layer widths, as in (40, 40).")
+    for width in hidden:
+        check_count("a width in hidden", width)
 
     def roles(params):
         def role(path, leaf) -> Role:
@@ -181,4 +199,4 @@ def mlp(hidden: tuple[int, ...] = (40, 40), *, inputs: int = 1, outputs: int = 1
 
         return jax.tree_util.tree_map_with_path(role, params)
 
-    return net_of(Perceptron(hidden, outputs), (inputs,), roles)
+    return net_of(Perceptron(tuple(hidden), outputs), (inputs,), roles)

@@ -38,6 +38,9 @@ def max_pool(x: Array) -> Array:
     """Largest of every 2x2 window, stride 2; an odd last row or column is dropped.
 
     The first of equal entries (in reading order) gets the whole gradient, as in PyTorch.
+
+    Raises:
+      ValueError: The map has fewer than 2 rows or columns.
     """
     if min(x.shape[1:3]) < 2:
         raise ValueError(

@@ -1,0 +1,57 @@
+"""Refusals of numbers that make no sense; traced values, of which nothing is known, pass."""
+
+import math
+from typing import Any
+
+import jax
+
+from mgaug_jax.types import Array
+
+
+def known(value: Any) -> float | None:
+    """The value of a number, NaN for what is none, None for a traced one."""
+    if isinstance(value, str | bytes | bool):
+        return math.nan
+    try:
+        return float(value)
+    except jax.errors.ConcretizationTypeError:
+        return None
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def check_rate(name: str, value: float | Array) -> None:
+    """Refuses what is not a finite number of 0 or more.
+
+    Raises:
+      ValueError: It is not.
+    """
+    number = known(value)
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"{name}={value!r} was asked for; take a number of 0 or more.")
+
+
+def check_fraction(name: str, value: float | Array) -> None:
+    """Refuses what is not a number in (0, 1].
+
+    Raises:
+      ValueError: It is not.
+    """
+    number = known(value)
+    if number is not None and not 0 < number <= 1:
+        raise ValueError(
+            f"{name}={value!r} was asked for, but it is a fraction of weights kept; take a number "
+            "in (0, 1]."
+        )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuses what is not an integer from `least` to a million million.
+
+    Raises:
+      ValueError: It is not.
+    """
+    if type(value) is not int or not least <= value <= 10**12:
+        raise ValueError(f"{name}={value!r} was asked for; take an integer of {least} or more.")
