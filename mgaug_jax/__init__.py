@@ -1,4 +1,4 @@
-"""Few-shot meta-learning by modified gradients, as pure JAX functions.
+"""Few-shot meta-learning by augmented meta-gradients, as pure JAX functions.
 
 from mgaug_jax import cp, fomaml, nets, run, sampler, trainer
 

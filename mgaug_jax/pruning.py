@@ -5,8 +5,8 @@ the fraction of weights kept, in (0, 1], and may be traced. Masks hold 1 for kep
 leaves that are not pruned hold the scalar 1.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ def leave_one_out(params: Params, probe: Probe) -> Params:
 # --- which scores go ------------------------------------------------------------------------
 
 
-class Select(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Select:
     """A rule that says which of the scores ranked together stay.
 
     Attributes:

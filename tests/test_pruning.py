@@ -139,14 +139,39 @@ def test_cp_with_all_zero_scores_prunes_nothing():
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(mask))
 
 
+@pytest.mark.parametrize(
+    ("rule", "n", "keep", "number"),
+    [
+        ("released", 8000, 0.99, 80 - 1),
+        ("released", 2_359_296, 0.98, 47_185 - 1),
+        ("released", 2_359_296, 0.99, 23_592 - 1),
+        ("exact", 1_179_648, 0.97, 35_389),
+        ("released", 11_157_504, 0.8, 2_231_500 - 1),
+        ("exact", 11_157_504, 0.8, 2_231_501),
+        ("released", 1728, 1.0, 0),
+        ("exact", 2_359_296, 0.0001, 2_359_060),
+    ],
+)
+def test_counts_are_exact_in_float32_for_large_layers(rule, n, keep, number):
+    assert RULES[rule].count(n, jnp.float32(keep)) == number
+
+
+def test_lowest_prunes_as_many_where_dead_channels_tie():
+    scores = jnp.arange(1000.0).at[:600].set(0)
+    count = lambda select, s: int(jnp.sum(~select(s, jnp.float32(0.9))))
+    assert count(pruning.released, scores) == count(pruning.released_by_rank, -scores) == 99
+    assert count(pruning.released, -scores) == 0
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_globally_prunes_as_many_overall(x64, rule):
     grads = normal(TOY, 2)
     grads = {**grads, "a": 10 * grads["a"]}  # so that layers differ
     make = lambda ranking: pruning.catfish(ranking=ranking, select=RULES[rule])
     mask = masks_of(make(pruning.globally), 0.8, grads=grads)
-    size = TOY["a"].size + TOY["c"].size
-    assert pruned(mask["a"]) + pruned(mask["c"]) == size // 5 - (rule == "released")
+    layers = masks_of(make(pruning.per_layer), 0.8, grads=grads)
+    assert pruned(mask["a"]) + pruned(mask["c"]) == pruned(layers["a"]) + pruned(layers["c"])
+    assert pruned(mask["a"]) > pruned(layers["a"])
     assert pruned(mask["a"]) > 18 > pruned(mask["c"]) / 4
     assert mask["b"].shape == ()
     scores = jax.tree.map(lambda w, g: np.abs(w * g), normal(TOY, 1), grads)
