@@ -147,7 +147,9 @@ def test_a_best_of_a_discarded_future_goes(tmp_path):
     assert checkpoint.steps(tmp_path) == [100, 250]
 
 
-def test_checkpoint_with_a_changed_byte_is_passed_over(tmp_path):
+# the storage library leaves a rejected future behind
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_checkpoint_with_truncated_files_is_passed_over(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, jnp.full(500, float(step)))
     data = [path for path in (tmp_path / "2").rglob("*") if path.parent.name == "d"]
