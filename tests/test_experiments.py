@@ -249,7 +249,7 @@ def test_wrong_data_folder_shows_the_expected_tree(monkeypatch, capsys, tmp_path
     assert "\n      character01/" in text
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "parity"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "parity", "lowering"])
 def test_help_exits_0_and_teaches(name):
     command = [sys.executable, "-m", f"experiments.{name}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -69,8 +69,8 @@ def _larger(x: Array, y: Array) -> Array:
 def map_tasks(net: Net, f: Callable, *batches):
     """`f` of every task along the leading axis T of `batches`, stacked.
 
-    Where the kernels differ from task to task, a CPU is 1.4 to 1.9 times faster taking one task
-    after another (its caches hold one), if the network convolves; everything else is batched.
+    Where the kernels differ from task to task, a CPU is faster taking one task after another (its
+    caches hold one), if the network convolves; everything else is batched.
     """
     convolves = any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
     if convolves and jax.default_backend() == "cpu":
