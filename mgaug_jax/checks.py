@@ -55,3 +55,26 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """
     if type(value) is not int or not least <= value <= 10**12:
         raise ValueError(f"{name}={value!r} was asked for; take an integer of {least} or more.")
+
+
+def check_probability(name: str, value: float | Array, below_one: bool = True) -> None:
+    """Refuses what is not a number in [0, 1), or in [0, 1].
+
+    Raises:
+      ValueError: It is not.
+    """
+    number = known(value)
+    if number is not None and not (0 <= number < 1 or (number == 1 and not below_one)):
+        end = ")" if below_one else "]"
+        raise ValueError(f"{name}={value!r} was asked for; take a number in [0, 1{end}.")
+
+
+def check_positive(name: str, value: float | Array) -> None:
+    """Refuses what is not a finite number above 0.
+
+    Raises:
+      ValueError: It is not.
+    """
+    number = known(value)
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"{name}={value!r} was asked for; take a number above 0.")

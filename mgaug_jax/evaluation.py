@@ -1,4 +1,4 @@
-"""Meta-test: the full network, without pruning or perturbation, on many episodes."""
+"""Meta-test: the full network, unpruned and, unless asked, unperturbed, on many episodes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.learners import identity
 from mgaug_jax.losses import accuracy
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, MetaParams, Method, Task
@@ -53,7 +52,8 @@ def evaluate(
     """Scores of `episodes` tasks; episode e is `sample(fold_in(key, e), data)`.
 
     Args:
-      method: Only its network and algorithm are used: meta-test adapts with plain gradients.
+      method: Only its network, its algorithm and `test` are used, what is done to the gradients at
+        meta-test: nothing, unless the method was told to.
       key: Seed of the episodes. The same key, sampler and data give the same episodes whatever
         the method, so that two runs can be compared pair by pair.
       params: Meta-parameters.
@@ -62,7 +62,7 @@ def evaluate(
       episodes: E for episodes 0..E-1, or their numbers `[E]`.
       score: `(outputs [n, d], y [n, d]) -> scalar`.
     """
-    learner = method.algorithm(method.net, identity())
+    learner = method.algorithm(method.net, method.test)
 
     def episode(e: Array) -> Scores:
         k_sample, k_adapt = jax.random.split(jax.random.fold_in(key, e))

@@ -1,7 +1,7 @@
 """Inner loops: gradient descent on the support set, and class prototypes.
 
-A learner sees one task and one network. It knows neither masks (a pruned network is a `Net` like
-any other) nor the outer loop. First order is a transform of its gradients, `detach`.
+A learner sees one task and one network, and knows nothing of the outer loop. What becomes of its
+gradients on their way into its optimiser (first order, noise) is handed to it as `inner`.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,18 @@ import optax
 
 from mgaug_jax.checks import check_count
 from mgaug_jax.losses import cross_entropy
-from mgaug_jax.types import Array, Examples, Learner, Loss, MetaParams, Net, Params, Transform
+from mgaug_jax.types import (
+    Array,
+    Examples,
+    Learner,
+    Loss,
+    MetaParams,
+    Net,
+    Params,
+    Role,
+    Wrap,
+    identity,
+)
 
 Forward = Callable[[Net, Params, Examples, Array], Array]
 """`(net, params, support, x) -> outputs`: how the adapted network meets its queries."""
@@ -48,34 +59,29 @@ def inductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
     return net.apply_by_first(params, jnp.concatenate([support.x, x]), n)[n:]
 
 
-def detach() -> Transform:
-    """`stop_gradient` of the inner gradients: MAML becomes first order."""
-    return optax.with_extra_args_support(
-        optax.stateless(lambda updates, _: jax.lax.stop_gradient(updates))
-    )
-
-
 def descend(
     net: Net,
-    inner: Transform,
+    inner: Wrap,
     *,
     steps: int,
     rule: Callable[[dict], optax.GradientTransformation],
     extra: Callable[[Params], dict] = lambda params: {},
     loss: Loss = cross_entropy,
     forward: Forward = transductive,
+    adapts: Callable[[Role], bool] = lambda role: True,
 ) -> Learner:
-    """`theta <- theta + rule(inner(grad loss(theta; support)))`, `steps` times from `params.net`.
+    """`theta <- theta + inner(rule)(grad loss(theta; support))`, `steps` times from `params.net`.
 
     Args:
-      net: The network; all of its leaves are handed to `rule`.
-      inner: Transform of the gradients; step i gets `key=fold_in(key, i)`.
+      net: The network. Weights that its `mask` lacks stay where they are, whatever `inner` adds.
+      inner: Around `rule`; step i is handed `key=fold_in(key, i)`.
       steps: Number of inner steps, static.
       rule: `params.extra -> optax transform`, the inner optimiser. Adam and its kin need
         `eps_root > 0` under MAML: the second derivative at a zero gradient is NaN without it.
       extra: `initial weights -> params.extra`, what is learned beside the weights.
       loss: Of the support, and of the query in the outer loop.
       forward: `transductive` or `inductive` prediction of the queries.
+      adapts: Which leaves move, by their roles.
 
     Raises:
       ValueError: `steps` is not a positive integer.
@@ -86,8 +92,14 @@ def descend(
         params = net.init(key)
         return MetaParams(params, extra(params))
 
+    def moves(updates: Params) -> Params:
+        chosen = jax.tree.map(
+            lambda u, role: u if adapts(role) else jnp.zeros_like(u), updates, net.roles
+        )
+        return chosen if net.mask is None else jax.tree.map(jnp.multiply, chosen, net.mask)
+
     def adapt(key: Array, params: MetaParams, support: Examples) -> Fast:
-        tx = optax.chain(inner, rule(params.extra))
+        tx = inner(optax.with_extra_args_support(rule(params.extra)))
 
         def fit(theta: Params) -> Array:
             return loss(net.apply(theta, support.x), support.y)
@@ -96,7 +108,7 @@ def descend(
             theta, state = carry
             grads = jax.grad(fit)(theta)
             updates, state = tx.update(grads, state, theta, key=jax.random.fold_in(key, i))
-            return (optax.apply_updates(theta, updates), state), None
+            return (optax.apply_updates(theta, moves(updates)), state), None
 
         carry = params.net, tx.init(params.net)
         (theta, _), _ = jax.lax.scan(step, carry, jnp.arange(steps))
@@ -119,19 +131,19 @@ class Prototypes(NamedTuple):
     support: Examples
 
 
-def prototypes(net: Net, inner: Transform, *, forward: Forward = transductive) -> Learner:
+def prototypes(net: Net, inner: Wrap, *, forward: Forward = transductive) -> Learner:
     """ProtoNet: logits `-|z - c_n|^2`, `c_n` the mean support embedding of class n (Snell 2017).
 
     Support and query are embedded by separate calls, each with its own batch statistics. There is
-    no inner gradient for `inner` to change, so anything but `identity()` is refused.
+    no inner gradient for `inner` to change, so anything but `identity` is refused.
 
     Raises:
-      ValueError: `inner` is not `identity()`.
+      ValueError: `inner` is not `identity`.
     """
-    if inner is not _IDENTITY:
+    if inner is not identity:
         raise ValueError(
-            "A transform of the inner-loop gradients was asked for, but protonet has no inner "
-            "loop. Transform the meta-gradient instead: give it to the outer optimiser."
+            "A change of the inner-loop gradients was asked for, but protonet has no inner loop. "
+            "Change the meta-gradient instead: site='outer' in a spec, site=outer in Python."
         )
 
     def embed(params: MetaParams, support: Examples) -> Prototypes:
@@ -149,11 +161,3 @@ def prototypes(net: Net, inner: Transform, *, forward: Forward = transductive) -
         predict=predict,
         loss=cross_entropy,
     )
-
-
-_IDENTITY = optax.with_extra_args_support(optax.identity())
-
-
-def identity() -> Transform:
-    """Leaves the inner gradients as they are."""
-    return _IDENTITY

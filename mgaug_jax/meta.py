@@ -1,6 +1,7 @@
 """The outer loop, top to bottom: episode -> masks -> adapt -> meta-gradient -> update."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,15 @@ Info = dict[str, Array]
 
 
 def subnet(net: Net, mask: Params) -> Net:
-    """`net` with its weights multiplied by `mask` forwards, and hence every gradient backwards."""
+    """`net` with its weights multiplied by `mask` forwards, and hence every gradient backwards. No
+    inner loop moves what is pruned, whatever is added to its gradients.
+    """
 
     def masked(f):
         return f and (lambda params, *rest: f(jax.tree.map(jnp.multiply, params, mask), *rest))
 
-    return net._replace(apply=masked(net.apply), apply_by_first=masked(net.apply_by_first))
+    apply, apply_by_first = masked(net.apply), masked(net.apply_by_first)
+    return net._replace(apply=apply, apply_by_first=apply_by_first, mask=mask)
 
 
 class View(NamedTuple):
@@ -68,7 +72,8 @@ def probe(method: Method, params: MetaParams, task: Task, grads: MetaParams) -> 
 def meta_gradient(
     method: Method, key: Array, params: MetaParams, tasks: Task
 ) -> tuple[MetaParams, Info]:
-    """Gradient of `method.reduce` over tasks of `views.reduce` over networks (Eq. 7).
+    """Gradient of `method.reduce` over tasks of `views.reduce` over networks (Eq. 7), every task's
+    part times what `method.weigh` makes of them.
 
     Every view's gradient is taken on its own; the reductions then weigh them by their derivative
     with respect to the losses, which is the chain rule: sum, mean, maximum or anything else.
@@ -93,13 +98,16 @@ def meta_gradient(
             info["accuracy"] = accuracy(full.logits, task.query.y)
         return (full.loss, full.grads), info
 
-    full, info = map_tasks(method.net, full_view, _task_keys(k_inner, tasks), tasks)
+    full, info = map_tasks(method.net, full_view, task_keys(k_inner, tasks), tasks)
 
     def combine(per_view, over_views) -> tuple[MetaParams, Array]:
         """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective."""
         losses, grads = per_view
         objective = lambda losses: method.reduce(jax.vmap(over_views)(losses))
         loss, weights = jax.value_and_grad(objective)(losses)
+        if method.weigh is not None:
+            per_task = lambda g: jax.vmap(partial(jnp.tensordot, axes=1))(weights, g)
+            weights = weights * method.weigh(jax.tree.map(per_task, grads))[:, None]
         return jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=2), grads), loss
 
     def plain() -> tuple[MetaParams, Array]:
@@ -110,7 +118,7 @@ def meta_gradient(
             shown = probe(method, params, task, grads)
             return views.masks(key, method.net, params.net, shown)
 
-        keys = _task_keys(k_masks, tasks)
+        keys = task_keys(k_masks, tasks)
         masks = map_tasks(method.net, task_masks, keys, tasks, full[1])
         pruned = _pruned_views(method, views, k_views, params, tasks, masks)
         join = lambda full, rest: jnp.concatenate([full[:, None], jnp.moveaxis(rest, 0, 1)], 1)
@@ -132,7 +140,7 @@ def _pruned_views(
 
     def one_view(u: Array, masks: Params):
         k_view, k_size = jax.random.split(jax.random.fold_in(key, u))
-        keys = _task_keys(k_view, tasks)
+        keys = task_keys(k_view, tasks)
 
         def at(size: int | None):
             def one(key: Array, task: Task, mask: Params):
@@ -152,7 +160,8 @@ def _pruned_views(
     return jax.lax.map(lambda args: one_view(*args), (jnp.arange(views.count), by_view))
 
 
-def _task_keys(key: Array, tasks: Task) -> Array:
+def task_keys(key: Array, tasks: Task) -> Array:
+    """A key for each of the T tasks; that of task t depends on t and `key` alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(tasks.query.y)))
 
 
@@ -191,15 +200,19 @@ def trainer(
     traced, so nothing is compiled again.
     """
     at = method if not isinstance(method, Method) else lambda step: method
+    rule = optax.with_extra_args_support(optimizer)
 
     def init(key: Array) -> State:
         first = at(jnp.zeros((), jnp.int32))
         params = first.algorithm(first.net, first.inner).init(key)
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return State(jnp.zeros((), jnp.int32), params, first.outer(rule).init(params))
 
     def step(key: Array, state: State, tasks: Task) -> tuple[State, Info]:
-        grads, info = meta_gradient(at(state.step), key, state.params, tasks)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        k_grad, k_outer = jax.random.split(key)
+        now = at(state.step)
+        grads, info = meta_gradient(now, k_grad, state.params, tasks)
+        tx = now.outer(rule)
+        updates, opt = tx.update(grads, state.opt, state.params, key=k_outer)
         params = jax.tree.map(jnp.add, state.params, updates)
         return State(state.step + 1, params, opt), info
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mgaug_jax.checks import check_rate
-from mgaug_jax.learners import Forward, descend, detach, identity, prototypes, transductive
+from mgaug_jax.learners import Forward, descend, prototypes, transductive
 from mgaug_jax.losses import cross_entropy
-from mgaug_jax.types import Array, Loss, Method, Net, Params
+from mgaug_jax.perturb import before
+from mgaug_jax.types import Array, Loss, Method, Net, Params, identity
 
 
 def maml(
@@ -38,8 +39,20 @@ def maml(
 
 
 def fomaml(net: Net, **options) -> Method:
-    """First-order MAML: `maml` with detached inner gradients. Arguments as for `maml`."""
-    return maml(net, **options)._replace(inner=detach())
+    """First-order MAML: `first_order(maml(net, ...))`. Arguments as for `maml`."""
+    return first_order(maml(net, **options))
+
+
+def first_order(method: Method) -> Method:
+    """The method with its inner gradients detached: nothing is differentiated twice.
+
+    Raises:
+      ValueError: It has no inner loop.
+    """
+    detach = before(lambda key, grads, weights: jax.lax.stop_gradient(grads))
+    algorithm = lambda net, inner: method.algorithm(net, lambda rule: detach(inner(rule)))
+    algorithm(method.net, method.inner)  # a learner without an inner loop refuses here
+    return method._replace(algorithm=algorithm)
 
 
 def anil(
@@ -62,13 +75,8 @@ def anil(
             "layer (from_linen(module, shape, head='Dense_1')), or use maml."
         )
 
-    def only_head(updates: Params, _) -> Params:
-        return jax.tree.map(lambda u, r: u if r.head else jnp.zeros_like(u), updates, net.roles)
-
-    def rule(extra):
-        return optax.chain(optax.stateless(only_head), optax.sgd(lr))
-
-    return _gradient_method(net, steps, rule, loss, forward)
+    rule = lambda extra: optax.sgd(lr)
+    return _gradient_method(net, steps, rule, loss, forward, adapts=lambda role: role.head)
 
 
 def meta_sgd(
@@ -101,11 +109,11 @@ def meta_sgd(
 
 def protonet(net: Net, *, forward: Forward = transductive) -> Method:
     """ProtoNet (Snell et al. 2017) on an embedding network (`way=None`); `forward` as in `maml`."""
-    return Method(net, partial(prototypes, forward=forward), identity(), None, jnp.mean)
+    return Method(net, partial(prototypes, forward=forward), identity, None, jnp.mean)
 
 
 def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
     algorithm = partial(descend, steps=steps, rule=rule, loss=loss, forward=forward, **options)
-    method = Method(net, algorithm, identity(), None, jnp.mean)
+    method = Method(net, algorithm, identity, None, jnp.mean)
     algorithm(net, method.inner)  # refuses bad settings here, not at the first step
     return method

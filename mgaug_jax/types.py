@@ -17,6 +17,15 @@ Loss = Callable[[Array, Array], Array]
 """`(outputs [n, d], y [n, d]) -> scalar`."""
 Transform = optax.GradientTransformationExtraArgs
 """An optax transform whose `update` is handed `key=`."""
+Wrap = Callable[[Transform], Transform]
+"""What is done around an optimiser: it is handed the rule and gives back a rule."""
+Perturb = Callable[[Array, Params, Params], Params]
+"""`(key, gradients or updates, weights) -> perturbed`, all three in one tree."""
+
+
+def identity(rule: Transform) -> Transform:
+    """The optimiser as it is."""
+    return rule
 
 
 class Examples(NamedTuple):
@@ -54,12 +63,14 @@ class Net(NamedTuple):
       roles: A `Role` for every leaf of `params`, in the same tree.
       apply_by_first: `(params, x, m) -> outputs [n, d]`, batch norm taking its statistics from the
         first `m` examples alone; None for a network that cannot.
+      mask: Of a sub-network: 0 for every weight it lacks, which no inner loop moves; None: whole.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[[Params, Array], Array]
     roles: Any
     apply_by_first: Callable[[Params, Array, int], Array] | None = None
+    mask: Params | None = None
 
 
 class MetaParams(NamedTuple):
@@ -87,8 +98,8 @@ class Learner(NamedTuple):
     loss: Loss
 
 
-Algorithm = Callable[[Net, Transform], Learner]
-"""An algorithm makes a learner of a (sub-)network and of a transform of its inner gradients."""
+Algorithm = Callable[[Net, Wrap], Learner]
+"""Makes a learner of a (sub-)network and of what is done around its inner optimiser."""
 
 
 class Probe(NamedTuple):
@@ -132,16 +143,22 @@ class Method(NamedTuple):
     Attributes:
       net: The network.
       algorithm: Makes the learner of `net` or of a sub-network of it.
-      inner: Transform of the inner gradients in training; meta-test runs without it.
+      inner: Around the inner optimiser in training.
       views: Sub-networks, or None for the plain method.
       reduce: `task losses [T] -> scalar`.
+      outer: Around the outer optimiser.
+      test: Around the inner optimiser at meta-test.
+      weigh: `task gradients [T, ...] -> weights [T]` in the meta-gradient; None: equal.
     """
 
     net: Net
     algorithm: Algorithm
-    inner: Transform
+    inner: Wrap
     views: Views | None
     reduce: Callable[[Array], Array]
+    outer: Wrap = identity
+    test: Wrap = identity
+    weigh: Callable[[MetaParams], Array] | None = None
 
 
 Modifier = Callable[[Method], Method]

@@ -429,8 +429,10 @@ def test_the_same_key_gives_two_methods_the_same_episodes():
 
 def test_evaluation_ignores_inner_transforms():
     method = fomaml(mlp_of_images(), lr=0.1, steps=1)
-    silent = optax.with_extra_args_support(optax.set_to_zero())
+    silent = lambda rule: optax.with_extra_args_support(optax.set_to_zero())
     assert_equal(scores_of(method._replace(inner=silent)), scores_of(method))
+    heard = scores_of(method._replace(test=silent))
+    assert_equal(heard.adapted, heard.initial)
 
 
 def test_interval_is_the_released_formula():
