@@ -63,3 +63,29 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def rows(table: dict[str, dict[str, Any]], metric: str, path: Path) -> None:
+    """Test score of every row of a grid, seed by seed and their mean, and the loss curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    height = 1.6 + 0.3 * len(table)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
+    for y, (text, found) in enumerate(table.items()):
+        left.plot(found["adapted"], [y] * len(found["adapted"]), ".", color="#999999")
+        left.plot([np.mean(found["adapted"])], [y], "|", ms=12, mew=2, color="#d55e00")
+        at = np.linspace(0, 1, len(found["curve"]) + 1)[1:]
+        right.plot(at, found["curve"], lw=1, label=text)
+    left.set_yticks(range(len(table)), list(table), fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("accuracy" if metric == "accuracy" else "squared error")
+    left.set_title("test, one dot per seed", fontsize=9)
+    right.set(xlabel="fraction of training", ylabel="query loss (training)")
+    if metric != "accuracy":
+        right.set_yscale("log")
+    right.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -24,7 +24,6 @@ from experiments.cli import BadInput
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, data, episodes, losses, meta, methods, nets
 from mgaug_jax.data import sinusoid
-from mgaug_jax.episodes import Images
 from mgaug_jax.evaluation import Scores, evaluate, interval
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
@@ -84,6 +83,8 @@ class Setup(NamedTuple):
       splits: "train", "val", "test" -> data.
       digests: Split -> hash of its classes and pixels.
       metric: "accuracy", or "mse" for regression.
+      permuted: `(key, training task) -> task` whose labels (or whatever names the task) are
+        permuted, for the label-memory diagnostic; None where nothing can be memorised by name.
     """
 
     config: Config
@@ -94,6 +95,7 @@ class Setup(NamedTuple):
     splits: dict[str, Any]
     digests: dict[str, str]
     metric: str
+    permuted: Callable[[Array, Task], Task] | None
 
 
 def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Setup:
@@ -143,19 +145,30 @@ def _classification(config: Config, say) -> Setup:
     queries = min(TEST_QUERIES, fewest - config.shot)
     episode = episodes.sampler(config.way, config.shot, queries, 1)
     net = spec.net(config.net or "conv4(width=32)", image=splits["train"].pixels.shape[2:])
-    problem = spec.Problem(net, config.way, losses.cross_entropy)
+    problem = spec.Problem(net, config.way, losses.cross_entropy, config.steps)
     method, trainer = _method(config, problem)
-    return Setup(config, method, trainer, sample, episode, splits, digests, "accuracy")
+    permuted = episodes.permute_labels
+    return Setup(config, method, trainer, sample, episode, splits, digests, "accuracy", permuted)
 
 
 def _regression(config: Config, say) -> Setup:
     del say
-    sample = sinusoid.sampler(config.shot, config.queries, config.tasks)
-    episode = sinusoid.sampler(config.shot, 100, 1)
-    net = spec.net(config.net or "mlp", inputs=1)
-    method, trainer = _method(config, spec.Problem(net, None, losses.squared_error))
+    if config.labels == "exclusive":
+        sample = sinusoid.sampler(config.shot, config.queries, config.tasks)
+        episode, inputs, permuted = sinusoid.sampler(config.shot, 100, 1), 1, None
+    elif config.labels == "fixed_labels":
+        sample = sinusoid.one_hot_sampler(config.shot, config.queries, config.tasks)
+        episode = sinusoid.one_hot_test_sampler(config.shot, 1)
+        inputs, permuted = 1 + sinusoid.AMPLITUDES, sinusoid.permute_index
+    else:
+        raise BadInput(
+            f"--labels={config.labels} is for classes; sinusoids are exclusive or fixed_labels "
+            "(the one-hot problem of MR-MAML)."
+        )
+    net = spec.net(config.net or "mlp", inputs=inputs)
+    method, trainer = _method(config, spec.Problem(net, None, losses.squared_error, config.steps))
     splits = {"train": None, "val": None, "test": None}
-    return Setup(config, method, trainer, sample, episode, splits, {}, "mse")
+    return Setup(config, method, trainer, sample, episode, splits, {}, "mse", permuted)
 
 
 def _method(config: Config, problem: spec.Problem):
@@ -247,34 +260,41 @@ def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
         nearest = evaluator(made, methods.protonet(pixels))
         scores["pixels"] = nearest(MetaParams({}, {}), split, seed, count, "test, pixels").adapted
     found = {name: summary(values) for name, values in scores.items()}
-    if made.metric == "accuracy":
-        found["label_memory"] = label_memory(made, params)
+    if made.permuted is not None:
+        found["label_memory"] = summary(label_memory(made)(params))
     return found, scores
 
 
-def label_memory(made: Setup, params: MetaParams) -> dict[str, float]:
-    """Accuracy after adaptation on training tasks with their labels minus with permuted labels.
+def label_memory(made: Setup) -> Callable[[MetaParams], np.ndarray]:
+    """A compiled `params -> gain per episode`: accuracy after adaptation on training tasks with
+    their labels minus with permuted labels; for regression, squared error with permuted minus own.
 
     The same tasks twice. Where classes keep their labels (NME) the difference is what the network
     answers from memory; where labels are drawn anew (ME) there is none to find.
     """
 
-    def permuted(key: Array, split: Images) -> Task:
+    def permuted(key: Array, split: Any) -> Task:
         k_sample, k_labels = jax.random.split(key)
         tasks = made.sample(k_sample, split)
         number = len(tasks.query.y)
-        return jax.vmap(episodes.permute_labels)(jax.random.split(k_labels, number), tasks)
+        return jax.vmap(made.permuted)(jax.random.split(k_labels, number), tasks)
 
-    def own(key: Array, split: Images) -> Task:
+    def own(key: Array, split: Any) -> Task:
         return made.sample(jax.random.split(key)[0], split)
 
-    own_scores, permuted_scores = (
-        evaluator(made, sample=draw)(
-            params, made.splits["train"], MEMORY_SEED, MEMORY_EPISODES, "label memory"
-        ).adapted
-        for draw in (own, permuted)
-    )
-    return summary(own_scores - permuted_scores)
+    judges = [evaluator(made, sample=draw) for draw in (own, permuted)]
+
+    def gain(params: MetaParams) -> np.ndarray:
+        own_scores, permuted_scores = (
+            judge(
+                params, made.splits["train"], MEMORY_SEED, MEMORY_EPISODES, "label memory"
+            ).adapted
+            for judge in judges
+        )
+        difference = own_scores - permuted_scores
+        return difference if made.metric == "accuracy" else -difference
+
+    return gain
 
 
 def print_results(results: dict[str, Any]) -> None:

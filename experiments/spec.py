@@ -2,8 +2,8 @@
 
 The first call names an algorithm, each further one a modifier, applied from left to right.
 Arguments are literals. The same string is the flag, the log record and the table row. Numbers that
-change over training (`cp(..., start=1000)`) read the meta-step, so a spec parses to a function
-`step -> Method`.
+change over training (`cp(..., start=1000)`, `noise(..., schedule='linear')`) read the meta-step,
+so a spec parses to a function `step -> Method`.
 """
 
 import ast
@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 
 from experiments.cli import BadInput
-from mgaug_jax import learners, methods, nets, pruning
-from mgaug_jax.checks import check_count
+from mgaug_jax import learners, methods, nets, perturb, pruning
+from mgaug_jax.checks import check_count, check_rate
 from mgaug_jax.modifiers import cp, full_and_worst, pp, total, worst, wp
 from mgaug_jax.types import Array, Loss, Method, Modifier, Net
 
@@ -27,11 +28,20 @@ class Problem(NamedTuple):
       net: `way -> Net`, None for an embedding.
       outputs: Ways, or None where the network's outputs are not classes.
       loss: Of the inner and the outer loop.
+      steps: Meta-steps of the run, which schedules span.
     """
 
     net: Callable[[int | None], Net]
     outputs: int | None
     loss: Loss
+    steps: int
+
+
+class Clock(NamedTuple):
+    """The meta-step (traced) and the number of them."""
+
+    step: Array
+    steps: int
 
 
 class Entry(NamedTuple):
@@ -61,16 +71,26 @@ def _protonet(problem: Problem, **options) -> Method:
 def _scheduled(make: Callable[..., Modifier], *arguments: str) -> Entry:
     """A pruner whose sub-networks take part from step `start` up to, not including, `stop`."""
 
-    def build(step: Array, start: int = 0, stop: int | None = None, **options) -> Modifier:
+    def build(clock: Clock, start: int = 0, stop: int | None = None, **options) -> Modifier:
         check_count("start", start, 0)
         if stop is not None:
             check_count("stop", stop, start + 1)
         if start == 0 and stop is None:
             return make(**options)
-        active = step >= start
-        return make(active=active if stop is None else active & (step < stop), **options)
+        active = clock.step >= start
+        return make(active=active if stop is None else active & (clock.step < stop), **options)
 
     return Entry(build, (*SUBNETS, *arguments))
+
+
+def _noise(clock: Clock, std: float, schedule=lambda clock: 1.0, **options) -> Modifier:
+    """Sigma times what the schedule says."""
+    check_rate("std", std)
+    return perturb.noise(std * schedule(clock), **options)
+
+
+def _drop_grad(clock: Clock, rate: float, ramp=lambda clock: 1.0, **options) -> Modifier:
+    return perturb.drop_grad(rate, ramp=ramp(clock), **options)
 
 
 ALGORITHMS: Mapping[str, Entry] = {
@@ -84,6 +104,16 @@ MODIFIERS: Mapping[str, Entry] = {
     "wp": _scheduled(wp),
     "pp": _scheduled(pp, "pruner"),
     "cp": _scheduled(cp, "scores", "ranking", "select"),
+    "noise": Entry(_noise, ("std", "site", "distribution", "relative_to", "schedule")),
+    "drop_grad": Entry(_drop_grad, ("rate", "site", "factors", "ramp")),
+    "l2": Entry(lambda clock, **options: perturb.l2(**options), ("weight",)),
+    "first_order": Entry(lambda clock: methods.first_order, ()),
+}
+REQUIRED: Mapping[str, str] = {
+    "keep": "the fraction of weights kept, as in {name}(keep=0.98)",
+    "std": "the standard deviation, as in {name}(std=0.1)",
+    "rate": "the probability of dropping, as in {name}(rate=0.1)",
+    "weight": "the factor of the weights, as in {name}(weight=0.001)",
 }
 NETS: Mapping[str, Entry] = {
     "conv4": Entry(nets.conv4, ("width",)),
@@ -116,6 +146,38 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "bernoulli": pruning.bernoulli_parameters,
     },
     "pool": {"global_mean": nets.global_mean, "top_left_mean": nets.top_left_mean},
+    "site": {
+        "inner": perturb.inner,
+        "inner_update": perturb.inner_update,
+        "outer": perturb.outer,
+        "outer_update": perturb.outer_update,
+        "test": perturb.test,
+    },
+    "distribution": {
+        "gaussian": perturb.gaussian,
+        "laplace": perturb.laplace,
+        "uniform": perturb.uniform,
+        "student_t": perturb.student_t,
+    },
+    "relative_to": {
+        "unit": perturb.unit,
+        "gradient_rms": perturb.gradient_rms,
+        "leaf_rms": perturb.leaf_rms,
+        "weight_rms": perturb.weight_rms,
+    },
+    "factors": {
+        "gaussian": perturb.gaussian_factors,
+        "bernoulli": perturb.bernoulli_factors,
+    },
+    "schedule": {
+        "constant": lambda clock: 1.0,
+        "linear": lambda clock: optax.linear_schedule(1.0, 0.0, clock.steps)(clock.step),
+        "cosine": lambda clock: optax.cosine_decay_schedule(1.0, clock.steps)(clock.step),
+    },
+    "ramp": {
+        "constant": lambda clock: 1.0,
+        "linear": lambda clock: optax.linear_schedule(0.0, 1.0, clock.steps)(clock.step),
+    },
 }
 
 
@@ -134,12 +196,19 @@ def method(text: str, problem: Problem) -> Callable[[Array], Method]:
     def at(step: Array) -> Method:
         built = _build(ALGORITHMS, name, options, problem)
         for modifier, arguments in calls[1:]:
-            built = _build(MODIFIERS, modifier, arguments, step)(built)
+            clock = Clock(step, problem.steps)
+            built = _build(MODIFIERS, modifier, arguments, clock)(built)
         return built
 
     with _refusals(text):
         at(jnp.zeros((), jnp.int32))
     return at
+
+
+def spans_run(text: str) -> bool:
+    """Whether a spec's numbers depend on how many meta-steps the run has."""
+    shapes = [options.get(name) for _, options in _parse(text) for name in ("schedule", "ramp")]
+    return any(shape not in (None, "constant") for shape in shapes)
 
 
 def net(text: str, **fixed: Any) -> Callable[[int | None], Net]:
@@ -242,6 +311,7 @@ def _build(entries: Mapping[str, Entry], name: str, options: dict[str, Any], *gi
                 raise BadInput(f"{name}: {argument} is one of {', '.join(words)}, not {value!r}.")
             value = words[value]
         taken[argument] = value
-    if "keep" in entry.arguments and "keep" not in taken:
-        raise BadInput(f"{name} needs keep, the fraction of weights kept, as in {name}(keep=0.98).")
+    for argument, what in REQUIRED.items():
+        if argument in entry.arguments and argument not in taken:
+            raise BadInput(f"{name} needs {argument}, {what.format(name=name)}.")
     return entry.build(*given, **fixed, **taken)

@@ -6,7 +6,9 @@
 
 A method is an algorithm - fomaml, maml, anil, meta_sgd (lr, steps, forward) or protonet - and,
 after bars, its modifiers: wp, pp, cp (keep, subnets, high, cap, sizes, reduce, start, stop; cp also
-scores, ranking, select; pp also pruner). The defaults run MGAug-CP on glyphs, 5-way 1-shot.
+scores, ranking, select; pp also pruner), noise (std, site, distribution, relative_to, schedule),
+drop_grad (rate, site, factors, ramp), l2 (weight), first_order. The defaults run MGAug-CP on
+glyphs, 5-way 1-shot.
 
 A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
 validation), results.json, episodes.npz (the score of every test episode) and curves.png. It exits 0
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, runs
+from experiments import cli, plots, problem, runs, spec
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
 
@@ -38,29 +40,8 @@ CHUNK = 25
 EXIT_NOT_FINITE = 3
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(problem)
 flags.DEFINE_string("method", "fomaml(lr=0.1,steps=5)|cp(keep=0.98)", "Spec of the method.")
-flags.DEFINE_string(
-    "net", None, "Spec of the network: conv4(width=64), resnet10, mlp. Default: by the data."
-)
-flags.DEFINE_string("data", "glyphs", "Data set: glyphs, omniglot or sinusoid.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set's official files.")
-flags.DEFINE_string(
-    "labels",
-    "exclusive",
-    "How training tasks label classes: exclusive (ME), fixed_labels or fixed_groups (NME).",
-)
-flags.DEFINE_integer("way", 5, "Classes per task.")
-flags.DEFINE_integer("shot", 1, "Support examples per class.")
-flags.DEFINE_integer("queries", 5, "Query examples per class in training; tests use 15.")
-flags.DEFINE_integer("tasks", 4, "Tasks per meta-step.")
-flags.DEFINE_integer("steps", 400, "Meta-steps.")
-flags.DEFINE_float("outer_lr", 1e-3, "Learning rate of Adam in the outer loop.")
-flags.DEFINE_string(
-    "schedule", "constant", "Outer learning rate over the run: constant, or cosine (down to 0)."
-)
-flags.DEFINE_bool(
-    "rotations", False, "Training classes turned by 90, 180 and 270 degrees are classes too."
-)
 flags.DEFINE_integer("eval_every", 100, "Meta-steps between validations and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of the initial network and of training.")
 flags.DEFINE_string("out", None, "Run folder. Default: a new one under runs/, named by the spec.")
@@ -69,8 +50,7 @@ flags.DEFINE_bool("resume", False, "Continue the run in --out from its last chec
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    names = [field.name for field in dataclasses.fields(runs.Config)]
-    config = runs.Config(**{name: FLAGS[name].value for name in names})
+    config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
     made = runs.setup(config, say=print)
     folder = run_folder(made, FLAGS.out, FLAGS.resume)
     print(f"{config.method} on {config.task} -> {folder}")
@@ -132,7 +112,8 @@ def _fresh(folder: Path) -> Path:
 def _same_run(old: runs.Config, new: runs.Config, folder: Path) -> None:
     """Refuses to continue a run with a setting that changes what it computes."""
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    free = {"data_dir"} | ({"steps"} if new.schedule == "constant" else set())
+    spans = new.schedule != "constant" or spec.spans_run(new.method)
+    free = {"data_dir"} | (set() if spans else {"steps"})
     changed = [
         f"--{name} is {after[name]!r} but was {before[name]!r}"
         for name in before

@@ -60,7 +60,7 @@ def probe_gradients(
 def cosine(a: MetaParams, b: MetaParams) -> Array:
     """`<a, b> / (|a| |b|)` of two trees, each as one flat vector; 0 if either is 0."""
     norms = optax.tree.norm(a) * optax.tree.norm(b)
-    return jnp.where(norms > 0, optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1), 0)
+    return jnp.where(norms > 0, optax.tree.vdot(a, b) / norms, 0)
 
 
 def softmax_weights(temperature: float | Array = 0.1) -> Weights:
@@ -78,7 +78,7 @@ def rectified_weights(similarities: Array) -> Array:
     """`relu(c)` divided by its mean; equal weights where no task is similar."""
     positive = jax.nn.relu(similarities)
     mean = jnp.mean(positive)
-    return jnp.where(mean > 0, positive / jnp.where(mean > 0, mean, 1), 1)
+    return jnp.where(mean > 0, positive / mean, 1)
 
 
 def feedback(

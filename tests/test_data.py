@@ -403,3 +403,47 @@ def test_the_digest_is_of_classes_counts_and_pixels(tmp_path, tiny):
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     digest.update(repr(pixels.shape).encode() + pixels.tobytes())
     assert digest.hexdigest() == about.digest
+
+
+def test_one_hot_tasks_are_noisy_sines_of_the_amplitude_their_index_names(key):
+    tasks = jax.jit(sinusoid.one_hot_sampler(10, 15, 300))(key, None)
+    x = np.concatenate([tasks.support.x, tasks.query.x], axis=1)
+    y = np.concatenate([tasks.support.y, tasks.query.y], axis=1)
+    assert x.shape == (300, 25, 21)
+    index = x[..., 1:].argmax(-1)
+    np.testing.assert_array_equal(x[..., 1:], np.eye(20)[index])
+    assert (index == index[:, :1]).all()
+    assert set(index[:, 0]) == set(range(20))
+    rest = y - np.linspace(0.1, 4, 20)[index][..., None] * np.sin(x[..., :1])
+    assert abs(rest.std() - 0.1) < 0.004
+    assert abs(rest.mean()) < 0.005
+    assert len(np.unique(x[..., 0])) == x[..., 0].size
+
+
+def test_one_hot_tests_are_off_the_grid_with_an_index_that_says_nothing(key):
+    tasks = jax.jit(sinusoid.one_hot_test_sampler(5, 400))(key, None)
+    assert tasks.query.x.shape == (400, 200, 21)
+    np.testing.assert_allclose(tasks.query.x[7, :, 0], np.linspace(-4.5, 4.5, 200), atol=1e-6)
+    shape = np.sin(np.asarray(tasks.query.x[..., :1]))
+    amplitude = np.asarray((tasks.query.y * shape).sum((1, 2)) / (shape**2).sum((1, 2)))
+    np.testing.assert_allclose(tasks.query.y, amplitude[:, None, None] * shape, atol=1e-5)
+    assert 0.1 <= amplitude.min() < 0.3
+    assert 3.8 < amplitude.max() <= 4
+    index = np.asarray(tasks.support.x[:, 0, 1:].argmax(-1))
+    assert abs(np.corrcoef(index, amplitude)[0, 1]) < 4 / 400**0.5
+    rest = tasks.support.y - amplitude[:, None, None] * np.sin(tasks.support.x[..., :1])
+    assert abs(float(rest.std()) - 0.1) < 0.01
+
+
+def test_a_permuted_index_is_another_one(key):
+    task = jax.tree.map(lambda leaf: leaf[0], sinusoid.one_hot_sampler(3, 4, 1)(key, None))
+    shifts = set()
+    for k in jax.random.split(jax.random.key(1), 60):
+        other = sinusoid.permute_index(k, task)
+        before, after = (int(t.support.x[0, 1:].argmax()) for t in (task, other))
+        assert before != after
+        shifts.add((after - before) % 20)
+        np.testing.assert_array_equal(other.query.x[:, 1:].argmax(-1), after)
+        np.testing.assert_array_equal(other.query.x[:, 0], task.query.x[:, 0])
+        np.testing.assert_array_equal(other.query.y, task.query.y)
+    assert len(shifts) > 10

@@ -1,6 +1,7 @@
 """The entry points, as a user meets them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -268,16 +269,84 @@ def test_every_flag_says_what_it_is():
 
 def problem(way=3):
     return spec.Problem(
-        lambda outputs: nets.conv4(outputs, width=4, image=(16, 16, 1)), way, losses.cross_entropy
+        lambda outputs: nets.conv4(outputs, width=4, image=(16, 16, 1)),
+        way,
+        losses.cross_entropy,
+        100,
     )
 
 
 @pytest.mark.parametrize("algorithm", spec.ALGORITHMS)
 @pytest.mark.parametrize("modifier", ["", *spec.MODIFIERS])
 def test_every_algorithm_takes_every_modifier(algorithm, modifier):
-    text = f"{algorithm}|{modifier}(0.9)" if modifier else algorithm
+    argument = "" if modifier == "first_order" else "0.9"
+    text = f"{algorithm}|{modifier}({argument})" if modifier else algorithm
+    if algorithm == "protonet" and modifier in {"noise", "drop_grad", "first_order"}:
+        with pytest.raises(cli.BadInput, match="protonet has no inner loop"):
+            spec.method(text, problem())
+        return
     method = spec.method(text, problem())(0)
-    assert (method.views is not None) == bool(modifier)
+    assert (method.views is not None) == (modifier in {"wp", "pp", "cp"})
+
+
+def change_of(text, step, site="inner"):
+    """What a modifier's perturbation makes of a gradient of ones at a step of a run of 100."""
+    captured = {}
+
+    def capture(method, change):
+        captured["change"] = change
+        return method
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(spec.WORDS["site"], site, capture)
+        spec.method(f"fomaml|{text}", problem())(jnp.asarray(step))
+    ones = {"w": jnp.ones(1000)}
+    return np.asarray(captured["change"](jax.random.key(0), ones, ones)["w"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("constant", (1, 1, 1)), ("linear", (1, 0.5, 0)), ("cosine", (1, 0.5, 0))],
+)
+def test_sigma_follows_the_schedule_of_its_spec(schedule, factors):
+    text = f"noise(0.4,site='inner',schedule='{schedule}')"
+    base = change_of("noise(0.4,site='inner')", 0) - 1
+    assert abs(base.std() - 0.4) < 0.05
+    for step, factor in zip((0, 50, 100), factors, strict=True):
+        got = change_of(text, step) - 1
+        np.testing.assert_allclose(got, factor * base, atol=1e-6)
+
+
+def test_drop_grad_is_ramped_by_its_spec():
+    text = "drop_grad(0.2,site='inner',ramp='linear')"
+    spreads = [change_of(text, step).std() for step in (0, 50, 100)]
+    np.testing.assert_allclose(spreads, np.array([0, 0.25, 0.5]), rtol=0.08, atol=1e-7)
+
+
+def test_a_schedule_makes_the_number_of_steps_part_of_the_run(tmp_path, monkeypatch, capsys):
+    method = "--method=fomaml(lr=0.1,steps=1)|noise(0.1,schedule='linear')"
+    folder = f"--out={tmp_path / 'run'}"
+    assert start(monkeypatch, train, *TINY, method, folder, "--steps=2") == 0
+    text = refused(capsys, monkeypatch, train, *TINY, method, folder, "--steps=4", "--resume")
+    assert "--steps is 4 but was 2" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("fomaml|noise", "noise needs std"),
+        ("fomaml|drop_grad", "drop_grad needs rate"),
+        ("fomaml|l2", "l2 needs weight"),
+        ("fomaml|noise(-1)", "std=-1 was asked for"),
+        ("fomaml|noise('loud')", "std='loud' was asked for"),
+        ("fomaml|noise(0.1,schedule='odd')", "schedule is one of constant, linear, cosine"),
+        ("fomaml|drop_grad(1.0)", "rate=1.0 was asked for"),
+        ("protonet|noise(0.1)", "site='outer'"),
+    ],
+)
+def test_specs_of_perturbations_are_refused_with_a_sentence(text, says):
+    with pytest.raises(cli.BadInput, match=re.escape(says)):
+        spec.method(text, problem())
 
 
 def test_spec_values_arrive():

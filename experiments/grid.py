@@ -1,0 +1,207 @@
+"""Trains many methods over several seeds and tabulates them beside the first.
+
+    python -m experiments.grid --data=sinusoid --labels=fixed_labels --shot=10 --queries=10 \
+        --steps=5000 --methods='maml(lr=0.01,steps=1); maml(lr=0.01,steps=1)|noise({0.3,1,3})'
+
+Methods are specs separated by semicolons; `{a,b,c}` stands for one row each. The seeds of a method
+are trained by one compiled program, from the same initial networks and on the same tasks as those
+of every other method, and tested on the same episodes with the parameters of the last step. Shown
+are means and 95 % intervals over seeds (Student's t), and the paired difference to the first row.
+
+Writes grid.json (a row is added when it is done, and a repeated command skips rows that are there)
+and grid.png into --out.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import cli, plots, problem, runs
+from experiments.progress import Progress
+from mgaug_jax import meta
+from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.types import Array
+
+CHUNK = 50
+COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(problem)
+flags.DEFINE_string("methods", None, "Specs, separated by semicolons; {a,b} gives a row each.")
+flags.DEFINE_integer("seeds", 5, "Seeds 0, 1, ... that every method is trained with.")
+flags.DEFINE_integer("episodes", 200, "Test episodes per seed.")
+flags.DEFINE_string("out", None, "Folder to write to.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    del arguments
+    if FLAGS.methods is None or FLAGS.out is None:
+        raise cli.BadInput("--methods and --out are needed; --help shows an example.")
+    if FLAGS.seeds < 1 or FLAGS.episodes < 1:
+        raise cli.BadInput("--seeds and --episodes must be 1 or more.")
+    methods = expand(FLAGS.methods)
+    made = {text: runs.setup(problem.config(text, 0, FLAGS.steps), say=print) for text in methods}
+    first = made[methods[0]]
+    table = open_table(Path(FLAGS.out), first)
+    for text in methods:
+        if text not in table["rows"]:
+            table["rows"][text] = row(made[text], FLAGS.seeds, FLAGS.episodes, text)
+            runs.write_json(Path(FLAGS.out) / "grid.json", table)
+        print(line(text, table["rows"][text], table["rows"][methods[0]]), flush=True)
+    shown = {text: table["rows"][text] for text in methods}
+    print("\n" + "\n".join(markdown(shown, first.metric)))
+    plots.rows(shown, first.metric, Path(FLAGS.out) / "grid.png")
+    return 0
+
+
+def expand(text: str) -> list[str]:
+    """The specs of `a; b|noise({1,2})`, in order and without repeats.
+
+    Raises:
+      BadInput: There is none.
+    """
+    specs: dict[str, None] = {}
+    for one in filter(None, (part.strip() for part in text.split(";"))):
+        parts = re.split(r"\{([^{}]*)\}", one)
+        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+        specs |= dict.fromkeys("".join(choice).strip() for choice in itertools.product(*choices))
+    if not specs:
+        raise cli.BadInput("--methods names no method.")
+    return list(specs)
+
+
+def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
+    """The table in `folder`, or an empty one.
+
+    Raises:
+      BadInput: The folder holds a table of another problem, or cannot be written.
+    """
+    identity = {
+        **dataclasses.asdict(made.config),
+        "seeds": FLAGS.seeds,
+        "episodes": FLAGS.episodes,
+        "digests": made.digests,
+    }
+    for name in ("method", "seed", "eval_every", "data_dir"):
+        del identity[name]
+    table = {"problem": identity, "metric": made.metric, "versions": runs.versions(), "rows": {}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "grid.json").exists():
+            return table
+        before = json.loads((folder / "grid.json").read_text())
+    except (OSError, ValueError) as error:
+        raise cli.BadInput(f"cannot use {folder}: {error}.") from error
+    if before["problem"] != identity:
+        changed = [name for name in identity if before["problem"].get(name) != identity[name]]
+        raise cli.BadInput(
+            f"{folder} holds a table of another problem ({', '.join(changed)} differ); choose "
+            "another --out."
+        )
+    return before
+
+
+def row(made: runs.Setup, seeds: int, episodes: int, label: str) -> dict[str, Any]:
+    """Trains the seeds and measures them; a list over seeds for every column."""
+    states, losses = train(made, seeds, label)
+    judge, memory = runs.evaluator(made), runs.label_memory(made)
+    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    for seed in range(seeds):
+        params = jax.tree.map(lambda leaf, s=seed: leaf[s], states.params)
+        scores = judge(params, made.splits["test"], runs.TEST_SEED, episodes)
+        found["adapted"].append(float(scores.adapted.mean()))
+        found["step0"].append(float(scores.initial.mean()))
+        if made.permuted is not None:
+            found["label_memory"].append(float(memory(params).mean()))
+    found["train_loss"] = losses[:, -len(losses[0]) // 10 :].mean(1).tolist()
+    curve = losses.reshape(seeds, -1, min(CHUNK, losses.shape[1])) if _even(losses) else losses
+    return {**found, "curve": curve.mean((0, 2) if curve.ndim == 3 else 0).tolist()}
+
+
+def _even(losses: np.ndarray) -> bool:
+    return losses.shape[1] % min(CHUNK, losses.shape[1]) == 0
+
+
+def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndarray]:
+    """States after `config.steps` and losses, leading axis `seeds`; one program for all seeds."""
+    steps = made.config.steps
+    states, keys = begin(made, seeds)
+    method = made.method(jnp.zeros((), jnp.int32))
+
+    @partial(jax.jit, static_argnames="count", donate_argnames="states")
+    def chunk(keys: Array, states: meta.State, data: Any, count: int):
+        one = lambda key, state: meta.run(made.trainer, made.sample, key, state, data, count)
+        return map_tasks(method.net, one, keys, states)
+
+    progress = Progress(label, steps)
+    losses = []
+    for done in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - done)
+        states, info = chunk(keys, states, made.splits["train"], count)
+        losses.append(jax.device_get(info["query_loss"]))
+        progress.at(done + count, f"loss {losses[-1].mean():.3f}")
+    progress.close()
+    return states, np.concatenate(losses, axis=1)
+
+
+def begin(made: runs.Setup, seeds: int) -> tuple[meta.State, Array]:
+    """Initial states and training keys of the seeds, as `experiments.train` has them."""
+    pairs = [runs.keys(seed) for seed in range(seeds)]
+    inits, trains = (jnp.stack(keys) for keys in zip(*pairs, strict=True))
+    return jax.jit(jax.vmap(made.trainer.init))(inits), trains
+
+
+# --- the table ------------------------------------------------------------------------------
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t); NaN for one seed."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("nan")
+    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
+    return float(np.mean(values)), float(half)
+
+
+def _cells(found: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    cells = []
+    for name in COLUMNS:
+        cells.append("{:.4f} ± {:.4f}".format(*over_seeds(found[name])) if found[name] else "")
+    difference = np.subtract(found["adapted"], base["adapted"])
+    cells.append("" if found is base else "{:+.4f} ± {:.4f}".format(*over_seeds(difference)))
+    return cells
+
+
+def line(text: str, found: dict[str, Any], base: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    return f"{text}: " + "  ".join(
+        f"{name} {cell}"
+        for name, cell in zip((*COLUMNS, "difference"), _cells(found, base), strict=True)
+        if cell
+    )
+
+
+def markdown(rows: dict[str, dict[str, Any]], metric: str) -> list[str]:
+    """The table, as it can be pasted into a report."""
+    base = next(iter(rows.values()))
+    head = ["method", f"test {metric}", "step 0", "label memory", "train loss", "difference"]
+    lines = [head, ["---"] * len(head)]
+    for text, found in rows.items():
+        lines.append([f"`{text}`".replace("|", "\\|"), *_cells(found, base)])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+if __name__ == "__main__":
+    cli.start(main, __doc__)
