@@ -17,22 +17,17 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments import cli, plots, problem, runs
-from experiments.progress import Progress
-from mgaug_jax import meta
-from mgaug_jax.nets.lowering import map_tasks
-from mgaug_jax.types import Array
+from experiments.seeds import over_seeds, train
 
-CHUNK = 50
+POINTS = 200
 COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
 
 FLAGS = flags.FLAGS
@@ -124,55 +119,11 @@ def row(made: runs.Setup, seeds: int, episodes: int, label: str) -> dict[str, An
         if made.permuted is not None:
             found["label_memory"].append(float(memory(params).mean()))
     found["train_loss"] = losses[:, -len(losses[0]) // 10 :].mean(1).tolist()
-    curve = losses.reshape(seeds, -1, min(CHUNK, losses.shape[1])) if _even(losses) else losses
-    return {**found, "curve": curve.mean((0, 2) if curve.ndim == 3 else 0).tolist()}
-
-
-def _even(losses: np.ndarray) -> bool:
-    return losses.shape[1] % min(CHUNK, losses.shape[1]) == 0
-
-
-def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndarray]:
-    """States after `config.steps` and losses, leading axis `seeds`; one program for all seeds."""
-    steps = made.config.steps
-    states, keys = begin(made, seeds)
-    method = made.method(jnp.zeros((), jnp.int32))
-
-    @partial(jax.jit, static_argnames="count", donate_argnames="states")
-    def chunk(keys: Array, states: meta.State, data: Any, count: int):
-        one = lambda key, state: meta.run(made.trainer, made.sample, key, state, data, count)
-        return map_tasks(method.net, one, keys, states)
-
-    progress = Progress(label, steps)
-    losses = []
-    for done in range(0, steps, CHUNK):
-        count = min(CHUNK, steps - done)
-        states, info = chunk(keys, states, made.splits["train"], count)
-        losses.append(jax.device_get(info["query_loss"]))
-        progress.at(done + count, f"loss {losses[-1].mean():.3f}")
-    progress.close()
-    return states, np.concatenate(losses, axis=1)
-
-
-def begin(made: runs.Setup, seeds: int) -> tuple[meta.State, Array]:
-    """Initial states and training keys of the seeds, as `experiments.train` has them."""
-    pairs = [runs.keys(seed) for seed in range(seeds)]
-    inits, trains = (jnp.stack(keys) for keys in zip(*pairs, strict=True))
-    return jax.jit(jax.vmap(made.trainer.init))(inits), trains
+    parts = np.array_split(losses.mean(0), min(POINTS, losses.shape[1]))
+    return {**found, "curve": [float(part.mean()) for part in parts]}
 
 
 # --- the table ------------------------------------------------------------------------------
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student's t); NaN for one seed."""
-    from scipy.stats import t
-
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), float("nan")
-    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
-    return float(np.mean(values)), float(half)
 
 
 def _cells(found: dict[str, Any], base: dict[str, Any]) -> list[str]:

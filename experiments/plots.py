@@ -74,18 +74,49 @@ def rows(table: dict[str, dict[str, Any]], metric: str, path: Path) -> None:
 
     height = 1.6 + 0.3 * len(table)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
-    for y, (text, found) in enumerate(table.items()):
+    colors = plt.colormaps["turbo"](np.linspace(0.05, 0.95, len(table)))
+    for y, (color, found) in enumerate(zip(colors, table.values(), strict=True)):
         left.plot(found["adapted"], [y] * len(found["adapted"]), ".", color="#999999")
-        left.plot([np.mean(found["adapted"])], [y], "|", ms=12, mew=2, color="#d55e00")
+        left.plot([np.mean(found["adapted"])], [y], "D", ms=5, color=color)
         at = np.linspace(0, 1, len(found["curve"]) + 1)[1:]
-        right.plot(at, found["curve"], lw=1, label=text)
+        right.plot(at, found["curve"], lw=1, color=color)
     left.set_yticks(range(len(table)), list(table), fontsize=7)
     left.invert_yaxis()
     left.set_xlabel("accuracy" if metric == "accuracy" else "squared error")
-    left.set_title("test, one dot per seed", fontsize=9)
+    left.set_title("test: one dot per seed, their mean in the colour of the curve", fontsize=9)
     right.set(xlabel="fraction of training", ylabel="query loss (training)")
     if metric != "accuracy":
         right.set_yscale("log")
-    right.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def mechanism(
+    rows: dict[str, dict[str, Any]], line: np.ndarray, similarity: dict[str, list], path: Path
+) -> None:
+    """Loss along the lines, diversity and confidence against sigma, similarity against gain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
+    for color, (std, found) in zip(colors, rows.items(), strict=True):
+        axes[0].plot(line, found["line"], color=color, label=f"std {std}")
+    axes[0].set(xlabel="plain (0) to noisy (1) solution", ylabel="training loss, unperturbed")
+    axes[0].legend(fontsize=7)
+    stds = list(rows)
+    for name, color in (("spread", "#0072b2"), ("entropy", "#d55e00"), ("cosine", "#009e73")):
+        values = [np.mean(found[name]) for found in rows.values()]
+        if np.isfinite(values).all():
+            axes[1].plot(stds, values, "o-", color=color, label=name)
+    axes[1].set(xlabel="std", title="at the plain solution")
+    axes[1].set_yscale("symlog", linthresh=0.1)
+    axes[1].legend(fontsize=7)
+    axes[2].plot(similarity["similarity"], similarity["gain"], ".", ms=2, color="#999999")
+    axes[2].axhline(0, color="black", lw=0.6)
+    axes[2].axvline(0, color="black", lw=0.6)
+    axes[2].set(xlabel="cosine to the stored test gradient", ylabel="gain on that test task")
     figure.savefig(path, dpi=130)
     plt.close(figure)

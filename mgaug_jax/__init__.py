@@ -8,7 +8,6 @@ method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 from mgaug_jax import data, episodes, losses, nets, perturb, pruning
 from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluation import evaluate, interval
-from mgaug_jax.feedback import feedback, probe_gradients
 from mgaug_jax.learners import descend, inductive, prototypes, transductive
 from mgaug_jax.meta import State, Trainer, meta_gradient, run, subnet, trainer, view
 from mgaug_jax.methods import anil, first_order, fomaml, maml, meta_sgd, protonet
@@ -26,6 +25,7 @@ from mgaug_jax.types import (
     Views,
     identity,
 )
+from mgaug_jax.weighting import feedback, probe_gradients
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.feedback import cosine
 from mgaug_jax.meta import task_keys, view
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, MetaParams, Method, Task
+from mgaug_jax.weighting import cosine
 
 
 def between(a: MetaParams, b: MetaParams, at: Array) -> MetaParams:

@@ -22,8 +22,8 @@ from mgaug_jax import (
     protonet,
     view,
 )
-from mgaug_jax.feedback import cosine, on_query, on_support, rectified_weights, softmax_weights
 from mgaug_jax.types import MetaParams
+from mgaug_jax.weighting import cosine, on_query, on_support, rectified_weights, softmax_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 T, P = 4, 2

@@ -1,0 +1,227 @@
+"""Feedback from meta-test to meta-train, in its four phases, beside the control it needs.
+
+    python -m experiments.feedback --data=glyphs --method='fomaml(lr=0.1,steps=5)' --out=DIR
+
+1. train:    --steps meta-steps of the method, for every seed;
+2. probe:    the gradients of --probes test tasks are stored, by their support sets alone;
+3. re-train: --retrain_steps more, training tasks weighted by the similarity of their gradients to
+             the stored ones, with a fresh Adam at --outer_lr; from the trained parameters, or from
+             the initial ones (--begin=scratch);
+4. evaluate: on the probed tasks and on unrelated test tasks.
+
+Every number is shown after phase 1 ("before"), after re-training with weights ("feedback") and
+after re-training as long with equal weights ("control"): only feedback minus control tells what
+feedback does. With --refresh=k the gradients are stored anew every k steps and, with --stream,
+those of new test tasks, as they come in online. --outlier probes tasks whose support labels are
+shuffled image by image, to see what a misleading test task does. --judge=query is a leak: it uses
+the labels that the probed tasks are judged by.
+
+Writes feedback.json into --out: per-seed numbers, means and 95 % intervals over seeds.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from experiments import cli, problem, runs, seeds
+from experiments.progress import Progress
+from mgaug_jax import losses, meta, weighting
+from mgaug_jax.evaluation import evaluate
+from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.types import Array, MetaParams, Task
+
+WEIGHTS = ("softmax", "rectified")
+JUDGES = {"support": weighting.on_support, "query": weighting.on_query}
+PROBE_SEED, OTHER_SEED = 40, 41
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(problem)
+flags.DEFINE_string("method", "fomaml(lr=0.1,steps=5)", "Spec of the method.")
+flags.DEFINE_integer("seeds", 5, "Seeds 0, 1, ...; each probes tasks of its own.")
+flags.DEFINE_integer("probes", 1, "Test tasks whose gradients are stored.")
+flags.DEFINE_string("weights", "softmax", "Of training tasks: softmax or rectified.")
+flags.DEFINE_float("temperature", 0.1, "Of the softmax over cosines.")
+flags.DEFINE_string("judge", "support", "What stored gradients are of: support, or query (a leak).")
+flags.DEFINE_string("begin", "trained", "Where re-training begins: trained or scratch.")
+flags.DEFINE_integer("retrain_steps", 200, "Meta-steps of re-training.")
+flags.DEFINE_integer("refresh", 0, "Store the gradients anew every so many steps; 0: never.")
+flags.DEFINE_bool("stream", False, "Every refresh probes new test tasks; the last are evaluated.")
+flags.DEFINE_bool("outlier", False, "Probe tasks with random labels in their support sets.")
+flags.DEFINE_integer("episodes", 200, "Unrelated test tasks.")
+flags.DEFINE_string("out", None, "Folder to write to.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    del arguments
+    _check()
+    made = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
+    folder = Path(FLAGS.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
+    begin, keys = seeds.begin(made, FLAGS.seeds)
+    trained, _ = seeds.train(made, FLAGS.seeds, "phase 1, train")
+    batches = FLAGS.retrain_steps // FLAGS.refresh if FLAGS.stream else 1
+    probes = [probed_tasks(made, number) for number in range(max(batches, 1))]
+    start = trained if FLAGS.begin == "trained" else jax.tree.map(jnp.array, begin)
+    ends = {
+        "before": trained,
+        "feedback": retrain(made, start, keys, probes, weighted=True),
+        "control": retrain(made, start, keys, probes, weighted=False),
+    }
+    judge = evaluators(made)
+    found = {name: judge(state.params, probes[-1]) for name, state in ends.items()}
+    report = {
+        "flags": {name: FLAGS[name].value for name in _OWN},
+        "problem": made.config.__dict__,
+        "metric": made.metric,
+        "per_seed": found,
+        "summary": summary(found),
+        "versions": runs.versions(),
+    }
+    runs.write_json(folder / "feedback.json", report)
+    print(f"\n{made.metric} of {FLAGS.seeds} seeds, mean and 95 % interval over seeds")
+    for name, (mean, half) in report["summary"].items():
+        print(f"  {name:<34} {mean:+.4f} +- {half:.4f}")
+    return 0
+
+
+_OWN = (
+    "method seeds probes weights temperature judge begin retrain_steps refresh stream outlier "
+    "episodes"
+).split()
+
+
+def _check() -> None:
+    if FLAGS.out is None:
+        raise cli.BadInput("--out is missing; give the folder to write to.")
+    for name in ("seeds", "probes", "retrain_steps", "episodes"):
+        if FLAGS[name].value < 1:
+            raise cli.BadInput(f"--{name}={FLAGS[name].value} must be 1 or more.")
+    for name, known in (
+        ("weights", WEIGHTS),
+        ("judge", tuple(JUDGES)),
+        ("begin", ("trained", "scratch")),
+    ):
+        if FLAGS[name].value not in known:
+            raise cli.BadInput(f"--{name}={FLAGS[name].value} is none of {', '.join(known)}.")
+    if not 0 <= FLAGS.refresh <= FLAGS.retrain_steps:
+        raise cli.BadInput(f"--refresh={FLAGS.refresh} must be from 0 to --retrain_steps.")
+    if FLAGS.stream and not FLAGS.refresh:
+        raise cli.BadInput("--stream needs --refresh, how many steps apart new tasks come in.")
+    try:
+        weighting.softmax_weights(FLAGS.temperature)
+    except ValueError as error:
+        raise cli.BadInput(f"--{error}") from error
+
+
+def probed_tasks(made: runs.Setup, number: int) -> Task:
+    """Test tasks `[seeds, P, ...]`, those of every seed and `number` its own."""
+
+    def one(key: Array) -> Task:
+        k_task, k_labels = jax.random.split(key)
+        task = jax.tree.map(lambda leaf: leaf[0], made.episode(k_task, made.splits["test"]))
+        if not FLAGS.outlier:
+            return task
+        order = jax.random.permutation(k_labels, len(task.support.y))
+        return task._replace(support=task.support._replace(y=task.support.y[order]))
+
+    count = FLAGS.seeds * FLAGS.probes
+    first = jax.random.fold_in(runs.episode_key(PROBE_SEED), number)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(first, jnp.arange(count))
+    tasks = jax.jit(jax.vmap(one))(keys)
+    split = lambda leaf: leaf.reshape(FLAGS.seeds, FLAGS.probes, *leaf.shape[1:])
+    return jax.tree.map(split, tasks)
+
+
+def retrain(made: runs.Setup, states, keys: Array, probes: list[Task], weighted: bool):
+    """Phases 2 and 3, for every seed: stores gradients and trains on, in turns of --refresh."""
+    method = made.method(jnp.zeros((), jnp.int32))
+    weights = {
+        "softmax": weighting.softmax_weights(FLAGS.temperature),
+        "rectified": weighting.rectified_weights,
+    }[FLAGS.weights]
+    judge = JUDGES[FLAGS.judge]
+    optimizer = optax.adam(made.config.outer_lr)
+    states = states._replace(opt=jax.vmap(optimizer.init)(states.params))
+
+    @jax.jit
+    def probe(keys: Array, params: MetaParams, tasks: Task) -> MetaParams:
+        one = lambda key, params, tasks: weighting.probe_gradients(
+            method, key, params, tasks, judge
+        )
+        return map_tasks(method.net, one, keys, params, tasks)
+
+    @partial(jax.jit, static_argnames="count")
+    def turn(keys: Array, states, stored: MetaParams, data: Any, count: int):
+        def one(key: Array, state, stored: MetaParams):
+            change = weighting.feedback(stored, weights=weights) if weighted else lambda m: m
+            learner = meta.trainer(lambda step: change(made.method(step)), optimizer)
+            return meta.run(learner, made.sample, key, state, data, count)[0]
+
+        return map_tasks(method.net, one, keys, states, stored)
+
+    every = FLAGS.refresh or FLAGS.retrain_steps
+    progress = Progress("phase 3, " + ("feedback" if weighted else "control"), FLAGS.retrain_steps)
+    probe_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(keys)))
+    for number, done in enumerate(range(0, FLAGS.retrain_steps, every)):
+        stored = probe(probe_keys, states.params, probes[min(number, len(probes) - 1)])
+        count = min(every, FLAGS.retrain_steps - done)
+        states = turn(keys, states, stored, made.splits["train"], count)
+        jax.block_until_ready(states.step)
+        progress.at(done + count)
+    progress.close()
+    return states
+
+
+def evaluators(made: runs.Setup):
+    """Phase 4: `(params [seeds, ...], probed tasks) -> scores by kind, a list over seeds`."""
+    method = made.method(jnp.zeros((), jnp.int32))
+    score = losses.accuracy if made.metric == "accuracy" else losses.squared_error
+    other = runs.evaluator(made)
+
+    @jax.jit
+    def on_probed(params: MetaParams, tasks: Task) -> Array:
+        def seed(params: MetaParams, tasks: Task) -> Array:
+            draw = lambda key, task: jax.tree.map(lambda leaf: leaf[None], task)
+            one = lambda task: evaluate(
+                method, jax.random.key(0), params, draw, task, 1, score
+            ).adapted[0]
+            return jnp.mean(jax.lax.map(one, tasks))
+
+        return map_tasks(method.net, seed, params, tasks)
+
+    def judge(params: MetaParams, tasks: Task) -> dict[str, list[float]]:
+        probed = np.asarray(on_probed(params, tasks)).tolist()
+        unrelated = []
+        for s in range(FLAGS.seeds):
+            mine = jax.tree.map(lambda leaf, s=s: leaf[s], params)
+            scores = other(mine, made.splits["test"], OTHER_SEED, FLAGS.episodes)
+            unrelated.append(float(scores.adapted.mean()))
+        return {"probed": probed, "unrelated": unrelated}
+
+    return judge
+
+
+def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, tuple[float, float]]:
+    """Means and intervals over seeds, and the paired differences to before and to the control."""
+    table = {}
+    for kind in ("probed", "unrelated"):
+        for name, by_kind in found.items():
+            table[f"{kind}, {name}"] = seeds.over_seeds(by_kind[kind])
+        for base in ("before", "control"):
+            difference = np.subtract(found["feedback"][kind], found[base][kind])
+            table[f"{kind}, feedback - {base}"] = seeds.over_seeds(difference)
+    return table
+
+
+if __name__ == "__main__":
+    cli.start(main, __doc__)

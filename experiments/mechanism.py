@@ -1,0 +1,154 @@
+"""What noise does, beside what its paper says it does: lines, diversity, convergence, similarity.
+
+    python -m experiments.mechanism --data=sinusoid --labels=fixed_labels --shot=10 --queries=10 \
+        --steps=3000 --method='maml(lr=0.01,steps=1)' --stds=0.3,1,3 --out=DIR \
+        --noise='noise({},site="outer",relative_to="gradient_rms")'
+
+Trains --method plain and with --noise at every standard deviation of --stds, from the same seeds
+and on the same tasks, and reports, over seeds:
+
+  barrier      how far the training loss rises above the straight line between the plain and the
+               noisy solution (several optima?), and its height at the noisy end over the plain one;
+  spread, cosine, entropy
+               of task gradients and query predictions under the noise, at the plain solution (more
+               diverse tasks, less confidence?);
+  settled, instability
+               the meta-step from which the loss curve stays within 10 % of its end, and how much
+               the last half shakes (in the unit of the loss);
+  correlation  of a training task's gradient similarity to a test task's stored gradient with what
+               one step along it gains on that test task, at the plain solution (does feedback's
+               supposition hold?).
+
+Writes mechanism.json and mechanism.png into --out.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import cli, plots, problem, runs
+from experiments.seeds import over_seeds, train
+from mgaug_jax import analysis, weighting
+
+LINE = np.linspace(-0.25, 1.25, 31)
+TASKS, TESTS, KEY = 64, 8, 50
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(problem)
+flags.DEFINE_string("method", "fomaml(lr=0.1,steps=5)", "Spec of the method without noise.")
+flags.DEFINE_string("noise", "noise({},site='outer')", "Spec of the noise, {} for its std.")
+flags.DEFINE_list("stds", ["0.3", "1", "3"], "Standard deviations, separated by commas.")
+flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ...")
+flags.DEFINE_float("rate", 0.1, "Length of the step whose gain is measured.")
+flags.DEFINE_string("out", None, "Folder to write to.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    del arguments
+    if FLAGS.out is None:
+        raise cli.BadInput("--out is missing; give the folder to write to.")
+    if FLAGS.seeds < 1:
+        raise cli.BadInput(f"--seeds={FLAGS.seeds} must be 1 or more.")
+    if "{}" not in FLAGS.noise:
+        raise cli.BadInput(f"--noise={FLAGS.noise} has no {{}} where the std goes.")
+    specs = {"0": FLAGS.method}
+    specs |= {std: f"{FLAGS.method}|{FLAGS.noise.replace('{}', std)}" for std in FLAGS.stds}
+    made = {std: runs.setup(problem.config(text, 0, FLAGS.steps)) for std, text in specs.items()}
+    folder = Path(FLAGS.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
+    rows: dict[str, dict[str, Any]] = {}
+    base = None
+    for std, setup in made.items():
+        states, losses = train(setup, FLAGS.seeds, f"std {std}")
+        base = states.params if base is None else base
+        rows[std] = measure(setup, made["0"], base, states.params, losses)
+        print(line(std, rows[std]), flush=True)
+    similarity = correlations(made["0"], base)
+    mean, half = over_seeds(similarity["correlation"])
+    print(f"similarity and gain: correlation {mean:+.3f} +- {half:.3f} over seeds")
+    report = {"method": FLAGS.method, "noise": FLAGS.noise, "rows": rows, "similarity": similarity}
+    versions = {"problem": made["0"].config.__dict__, "versions": runs.versions()}
+    runs.write_json(folder / "mechanism.json", report | versions)
+    plots.mechanism(rows, LINE, similarity, folder / "mechanism.png")
+    return 0
+
+
+NUMBERS = ("barrier", "rise", "spread", "cosine", "entropy", "settled", "instability")
+
+
+def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[str, Any]:
+    """Lists over seeds of `NUMBERS`, and the mean loss along the line."""
+    step = jnp.zeros((), jnp.int32)
+    k_line, k_diverse, k_sample = jax.random.split(jax.random.key(KEY), 3)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(k_sample, jnp.arange(TASKS))
+    draw = lambda key: jax.tree.map(lambda x: x[0], plain.sample(key, plain.splits["train"]))
+    tasks = jax.jit(lambda keys: jax.lax.map(draw, keys))(keys)
+    on_line = jax.jit(partial(analysis.line_losses, plain.method(step), k_line))
+    diverse = jax.jit(partial(analysis.diversity, noisy.method(step), k_diverse))
+    found: dict[str, Any] = {name: [] for name in NUMBERS}
+    lines = []
+    for s in range(FLAGS.seeds):
+        a, b = (jax.tree.map(lambda leaf, s=s: leaf[s], tree) for tree in (base, params))
+        along = np.asarray(on_line(a, b, tasks, jnp.asarray(LINE)))
+        lines.append(along)
+        inside = along[(LINE >= -1e-9) & (LINE <= 1 + 1e-9)]
+        spread, cosine, entropy = map(float, diverse(a, tasks))
+        settled, shake = analysis.settling(jnp.asarray(losses[s]), max(1, len(losses[s]) // 50))
+        values = (
+            float(analysis.barrier(jnp.asarray(inside))),
+            float(inside[-1] - inside[0]),
+            spread,
+            cosine,
+            entropy,
+            int(settled),
+            float(shake),
+        )
+        for name, value in zip(NUMBERS, values, strict=True):
+            found[name].append(value)
+    return {**found, "line": np.mean(lines, axis=0).tolist()}
+
+
+def correlations(made: runs.Setup, base) -> dict[str, list]:
+    """Per seed: correlation over training tasks of similarity and gain, mean over test tasks."""
+    method = made.method(jnp.zeros((), jnp.int32))
+    k_tests, k_tasks, k_probe, k_gain = jax.random.split(jax.random.key(KEY + 1), 4)
+    draw = lambda sample, split: lambda key: jax.tree.map(lambda x: x[0], sample(key, split))
+    many = lambda key, n, one: jax.jit(lambda keys: jax.lax.map(one, keys))(
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+    )
+    tests = many(k_tests, TESTS, draw(made.episode, made.splits["test"]))
+    tasks = many(k_tasks, TASKS, draw(made.sample, made.splits["train"]))
+    probe = jax.jit(partial(weighting.probe_gradients, method, k_probe))
+    gain = jax.jit(partial(analysis.similarity_and_gain, method, k_gain))
+    found: dict[str, list] = {"correlation": [], "similarity": [], "gain": []}
+    for s in range(FLAGS.seeds):
+        params = jax.tree.map(lambda leaf, s=s: leaf[s], base)
+        stored = probe(params, tests)
+        each = []
+        for p in range(TESTS):
+            row = lambda tree, p=p: jax.tree.map(lambda leaf: leaf[p], tree)
+            similar, gained = gain(params, tasks, row(stored), row(tests), FLAGS.rate)
+            each.append(float(np.corrcoef(similar, gained)[0, 1]))
+            found["similarity"] += np.asarray(similar).tolist()
+            found["gain"] += np.asarray(gained).tolist()
+        found["correlation"].append(float(np.mean(each)))
+    return found
+
+
+def line(std: str, found: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    cells = ["{} {:.4g} ± {:.2g}".format(name, *over_seeds(found[name])) for name in NUMBERS]
+    return f"std {std}: " + "  ".join(cells)
+
+
+if __name__ == "__main__":
+    cli.start(main, __doc__)

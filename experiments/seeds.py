@@ -1,0 +1,57 @@
+"""One method trained from several seeds by one compiled program, and intervals over seeds."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import runs
+from experiments.progress import Progress
+from mgaug_jax import meta
+from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.types import Array
+
+CHUNK = 50
+
+
+def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndarray]:
+    """States after `config.steps` and losses, leading axis `seeds`; one program for all seeds."""
+    steps = made.config.steps
+    states, keys = begin(made, seeds)
+    method = made.method(jnp.zeros((), jnp.int32))
+
+    @partial(jax.jit, static_argnames="count", donate_argnames="states")
+    def chunk(keys: Array, states: meta.State, data: Any, count: int):
+        one = lambda key, state: meta.run(made.trainer, made.sample, key, state, data, count)
+        return map_tasks(method.net, one, keys, states)
+
+    progress = Progress(label, steps)
+    losses = []
+    for done in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - done)
+        states, info = chunk(keys, states, made.splits["train"], count)
+        losses.append(jax.device_get(info["query_loss"]))
+        progress.at(done + count, f"loss {losses[-1].mean():.3f}")
+    progress.close()
+    return states, np.concatenate(losses, axis=1)
+
+
+def begin(made: runs.Setup, seeds: int) -> tuple[meta.State, Array]:
+    """Initial states and training keys of the seeds, as `experiments.train` has them."""
+    pairs = [runs.keys(seed) for seed in range(seeds)]
+    inits, trains = (jnp.stack(keys) for keys in zip(*pairs, strict=True))
+    return jax.jit(jax.vmap(made.trainer.init))(inits), trains
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t); NaN for one seed."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("nan")
+    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
+    return float(np.mean(values)), float(half)
