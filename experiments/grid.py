@@ -13,9 +13,7 @@ and grid.png into --out.
 """
 
 import dataclasses
-import itertools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, plots, problem, runs
-from experiments.seeds import over_seeds, train
+from experiments.seeds import expand, over_seeds, train
 
 POINTS = 200
 COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
@@ -57,22 +55,6 @@ def main(arguments: Sequence[str]) -> int:
     print("\n" + "\n".join(markdown(shown, first.metric)))
     plots.rows(shown, first.metric, Path(FLAGS.out) / "grid.png")
     return 0
-
-
-def expand(text: str) -> list[str]:
-    """The specs of `a; b|noise({1,2})`, in order and without repeats.
-
-    Raises:
-      BadInput: There is none.
-    """
-    specs: dict[str, None] = {}
-    for one in filter(None, (part.strip() for part in text.split(";"))):
-        parts = re.split(r"\{([^{}]*)\}", one)
-        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
-        specs |= dict.fromkeys("".join(choice).strip() for choice in itertools.product(*choices))
-    if not specs:
-        raise cli.BadInput("--methods names no method.")
-    return list(specs)
 
 
 def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:

@@ -10,8 +10,8 @@ and on the same tasks, and reports, over seeds:
   barrier      how far the training loss rises above the straight line between the plain and the
                noisy solution (several optima?), and its height at the noisy end over the plain one;
   spread, cosine, entropy
-               of task gradients and query predictions under the noise, at the plain solution (more
-               diverse tasks, less confidence?);
+               of task gradients and query predictions, at each solution and under its inner noise
+               (more diverse tasks, less confidence?);
   settled, instability
                the meta-step from which the loss curve stays within 10 % of its end, and how much
                the last half shakes (in the unit of the loss);
@@ -101,7 +101,7 @@ def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[
         along = np.asarray(on_line(a, b, tasks, jnp.asarray(LINE)))
         lines.append(along)
         inside = along[(LINE >= -1e-9) & (LINE <= 1 + 1e-9)]
-        spread, cosine, entropy = map(float, diverse(a, tasks))
+        spread, cosine, entropy = map(float, diverse(b, tasks))
         settled, shake = analysis.settling(jnp.asarray(losses[s]), max(1, len(losses[s]) // 50))
         values = (
             float(analysis.barrier(jnp.asarray(inside))),

@@ -111,7 +111,7 @@ def mechanism(
         values = [np.mean(found[name]) for found in rows.values()]
         if np.isfinite(values).all():
             axes[1].plot(stds, values, "o-", color=color, label=name)
-    axes[1].set(xlabel="std", title="at the plain solution")
+    axes[1].set(xlabel="std", title="at each solution, under its inner noise")
     axes[1].set_yscale("symlog", linthresh=0.1)
     axes[1].legend(fontsize=7)
     axes[2].plot(similarity["similarity"], similarity["gain"], ".", ms=2, color="#999999")

@@ -1,5 +1,7 @@
-"""One method trained from several seeds by one compiled program, and intervals over seeds."""
+"""Specs with alternatives, one method trained from several seeds, and intervals over seeds."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
+from experiments.cli import BadInput
 from experiments.progress import Progress
 from mgaug_jax import meta
 from mgaug_jax.nets.lowering import map_tasks
@@ -55,3 +58,19 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
         return float(np.mean(values)), float("nan")
     half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
     return float(np.mean(values)), float(half)
+
+
+def expand(text: str) -> list[str]:
+    """The specs of `a; b|noise({1,2})`, in order and without repeats.
+
+    Raises:
+      BadInput: There is none.
+    """
+    specs: dict[str, None] = {}
+    for one in filter(None, (part.strip() for part in text.split(";"))):
+        parts = re.split(r"\{([^{}]*)\}", one)
+        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+        specs |= dict.fromkeys("".join(choice).strip() for choice in itertools.product(*choices))
+    if not specs:
+        raise BadInput("--methods names no method.")
+    return list(specs)

@@ -1,0 +1,146 @@
+"""The entry points that train several seeds, as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import cli, runs
+from experiments.seeds import expand, over_seeds
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
+NUMBERS = ("barrier", "rise", "spread", "cosine", "entropy", "settled", "instability")
+SINES = (
+    "--data=sinusoid",
+    "--labels=fixed_labels",
+    "--net=mlp((8,))",
+    "--shot=4",
+    "--queries=4",
+    "--tasks=3",
+    "--steps=4",
+    "--seeds=2",
+)
+
+
+def run(module, *arguments):
+    """An entry point in a process of its own, since entry points define flags of one name."""
+    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def done(module, *arguments) -> str:
+    """What it printed, having exited 0."""
+    finished = run(module, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def refused(module, *arguments) -> str:
+    """The one sentence it exits 2 with."""
+    finished = run(module, *arguments)
+    assert finished.returncode == 2, finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_over_seeds_is_students_t():
+    mean, half = over_seeds([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5, rel=1e-6)
+    assert np.isnan(over_seeds([1.0])[1])
+
+
+def test_braces_make_a_row_each():
+    got = expand(" a; b|noise({1,2},site='{x}') ; a")
+    assert got == ["a", "b|noise(1,site='x')", "b|noise(2,site='x')"]
+    with pytest.raises(cli.BadInput, match="names no method"):
+        expand(" ; ")
+
+
+def test_grid_equals_single_runs_and_adds_rows(tmp_path):
+    out = f"--out={tmp_path}"
+    one, two = "maml(lr=0.01,steps=1)", "maml(lr=0.01,steps=1)|noise(0.5)"
+    base = (*SINES, "--episodes=6", out)
+    done("grid", *base, f"--methods={one}")
+    first = json.loads((tmp_path / "grid.json").read_text())
+    shown = done("grid", *base, f"--methods={one};{two}")
+    table = json.loads((tmp_path / "grid.json").read_text())
+    assert table["rows"][one] == first["rows"][one]
+    assert list(table["rows"]) == [one, two]
+    assert (tmp_path / "grid.png").stat().st_size > 5_000
+    assert "| `maml(lr=0.01,steps=1)\\|noise(0.5)` |" in shown
+    for name in COLUMNS:
+        assert len(table["rows"][two][name]) == 2
+
+    run = tmp_path / "single"
+    single = [a for a in SINES if "seeds" not in a]
+    arguments = (*single, f"--method={one}", "--seed=1", "--eval_every=4", f"--out={run}")
+    done("train", *arguments)
+    made = runs.setup(runs.read_config(run))
+    params = runs.restore(made, run).state.params
+    alone = runs.evaluator(made)(params, None, runs.TEST_SEED, 6).adapted.mean()
+    assert table["rows"][one]["adapted"][1] == pytest.approx(float(alone), rel=1e-4)
+
+
+def test_grid_refuses_the_table_of_another_problem(tmp_path):
+    base = (*SINES, "--episodes=6", f"--out={tmp_path}", "--methods=maml")
+    done("grid", *base)
+    text = refused("grid", *base, "--shot=5")
+    assert "another problem (shot differ)" in text
+
+
+def test_feedback_runs_its_phases(tmp_path):
+    arguments = (*SINES, "--method=maml(lr=0.01,steps=1)", "--retrain_steps=4", "--episodes=6")
+    rest = ("--refresh=2", "--stream", "--probes=2", "--begin=scratch", "--outlier")
+    for i, extra in enumerate(((), rest, ("--temperature=1e9",))):
+        folder = tmp_path / str(i)
+        done("feedback", *arguments, *extra, f"--out={folder}")
+        found = json.loads((folder / "feedback.json").read_text())
+        per_seed = found["per_seed"]
+        assert set(per_seed) == {"before", "feedback", "control"}
+        assert all(len(v) == 2 for by_kind in per_seed.values() for v in by_kind.values())
+        changed = per_seed["feedback"]["probed"] != per_seed["control"]["probed"]
+        again = per_seed["before"]["probed"] == per_seed["control"]["probed"]
+        assert again == (i == 1)  # from scratch, as long as the first time: the same training
+        if i < 2:
+            assert changed
+        else:  # equal weights are no feedback
+            got, want = (per_seed[name]["unrelated"] for name in ("feedback", "control"))
+            assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--weights=odd",), "--weights=odd is none of softmax, rectified"),
+        (("--stream",), "--stream needs --refresh"),
+        (("--temperature=0",), "temperature=0.0 was asked for"),
+        (("--probes=0",), "--probes=0 must be 1 or more"),
+        (("--refresh=300",), "--refresh=300 must be from 0 to --retrain_steps"),
+    ],
+)
+def test_feedback_refuses_with_a_sentence(tmp_path, arguments, says):
+    assert says in refused("feedback", *SINES, f"--out={tmp_path}", *arguments)
+
+
+def test_mechanism_measures_everything(tmp_path):
+    arguments = (*SINES, "--method=maml(lr=0.01,steps=1)", "--noise=noise({})", "--stds=0.5,2")
+    done("mechanism", *arguments, f"--out={tmp_path}")
+    found = json.loads((tmp_path / "mechanism.json").read_text())
+    assert list(found["rows"]) == ["0", "0.5", "2"]
+    for row in found["rows"].values():
+        assert all(len(row[name]) == 2 for name in NUMBERS)
+    spread = [np.mean(row["spread"]) for row in found["rows"].values()]
+    assert len(set(spread)) == 3
+    assert np.abs(found["rows"]["0"]["barrier"]).max() < 1e-5
+    assert (tmp_path / "mechanism.png").stat().st_size > 5_000
+
+
+def test_mechanism_needs_a_place_for_the_std(tmp_path):
+    text = refused("mechanism", *SINES, f"--out={tmp_path}", "--noise=noise(1)")
+    assert "has no {} where the std goes" in text
