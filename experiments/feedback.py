@@ -13,12 +13,13 @@ Every number is shown after phase 1 ("before"), after re-training with weights (
 after re-training as long with equal weights ("control"): only feedback minus control tells what
 feedback does. With --refresh=k the gradients are stored anew every k steps and, with --stream,
 those of new test tasks, as they come in online. --outlier probes tasks whose support labels are
-shuffled image by image, to see what a misleading test task does. --judge=query is a leak: it uses
+moved to other images, to see what a misleading test task does. --judge=query is a leak: it uses
 the labels that the probed tasks are judged by.
 
 Writes feedback.json into --out: per-seed numbers, means and 95 % intervals over seeds.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,12 @@ from absl import flags
 
 from experiments import cli, problem, runs, seeds
 from experiments.progress import Progress
-from mgaug_jax import losses, meta, weighting
+from mgaug_jax import meta, weighting
 from mgaug_jax.evaluation import evaluate
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, MetaParams, Task
 
+EXIT_NOT_FINITE = 3
 WEIGHTS = ("softmax", "rectified")
 JUDGES = {"support": weighting.on_support, "query": weighting.on_query}
 PROBE_SEED, OTHER_SEED = 40, 41
@@ -68,17 +70,21 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
     begin, keys = seeds.begin(made, FLAGS.seeds)
-    trained, _ = seeds.train(made, FLAGS.seeds, "phase 1, train")
-    batches = FLAGS.retrain_steps // FLAGS.refresh if FLAGS.stream else 1
-    probes = [probed_tasks(made, number) for number in range(max(batches, 1))]
-    start = trained if FLAGS.begin == "trained" else jax.tree.map(jnp.array, begin)
+    trained, losses_of_training = seeds.train(made, FLAGS.seeds, "phase 1, train")
+    if not np.isfinite(losses_of_training).all():
+        print("error: the loss of phase 1 is not finite. Lower a learning rate.", file=sys.stderr)
+        return EXIT_NOT_FINITE
+    batches = -(-FLAGS.retrain_steps // FLAGS.refresh) if FLAGS.stream else 1
+    tasks = [probed_tasks(made, number) for number in range(batches)]
+    probes = [mislabelled(task) for task in tasks] if FLAGS.outlier else tasks
+    start = trained if FLAGS.begin == "trained" else begin
     ends = {
         "before": trained,
-        "feedback": retrain(made, start, keys, probes, weighted=True),
-        "control": retrain(made, start, keys, probes, weighted=False),
+        "feedback": retrain(made, trained, start, keys, probes, weighted=True),
+        "control": retrain(made, trained, start, keys, probes, weighted=False),
     }
     judge = evaluators(made)
-    found = {name: judge(state.params, probes[-1]) for name, state in ends.items()}
+    found = {name: judge(state.params, tasks[-1]) for name, state in ends.items()}
     report = {
         "flags": {name: FLAGS[name].value for name in _OWN},
         "problem": made.config.__dict__,
@@ -115,6 +121,13 @@ def _check() -> None:
             raise cli.BadInput(f"--{name}={FLAGS[name].value} is none of {', '.join(known)}.")
     if not 0 <= FLAGS.refresh <= FLAGS.retrain_steps:
         raise cli.BadInput(f"--refresh={FLAGS.refresh} must be from 0 to --retrain_steps.")
+    if FLAGS.tasks < 2:
+        raise cli.BadInput("--tasks=1 leaves nothing to weigh; take 2 or more.")
+    if FLAGS.outlier and FLAGS.shot == 1 and FLAGS.data != runs.SINUSOID:
+        raise cli.BadInput(
+            "--outlier with --shot=1 only renames the classes, which is a task like any other; "
+            "take --shot=5."
+        )
     if FLAGS.stream and not FLAGS.refresh:
         raise cli.BadInput("--stream needs --refresh, how many steps apart new tasks come in.")
     try:
@@ -127,12 +140,7 @@ def probed_tasks(made: runs.Setup, number: int) -> Task:
     """Test tasks `[seeds, P, ...]`, those of every seed and `number` its own."""
 
     def one(key: Array) -> Task:
-        k_task, k_labels = jax.random.split(key)
-        task = jax.tree.map(lambda leaf: leaf[0], made.episode(k_task, made.splits["test"]))
-        if not FLAGS.outlier:
-            return task
-        order = jax.random.permutation(k_labels, len(task.support.y))
-        return task._replace(support=task.support._replace(y=task.support.y[order]))
+        return jax.tree.map(lambda leaf: leaf[0], made.episode(key, made.splits["test"]))
 
     count = FLAGS.seeds * FLAGS.probes
     first = jax.random.fold_in(runs.episode_key(PROBE_SEED), number)
@@ -142,8 +150,17 @@ def probed_tasks(made: runs.Setup, number: int) -> Task:
     return jax.tree.map(split, tasks)
 
 
-def retrain(made: runs.Setup, states, keys: Array, probes: list[Task], weighted: bool):
-    """Phases 2 and 3, for every seed: stores gradients and trains on, in turns of --refresh."""
+def mislabelled(tasks: Task) -> Task:
+    """The tasks with the labels (or targets) of their supports in another order, one for all."""
+    order = jax.random.permutation(jax.random.key(PROBE_SEED), tasks.support.y.shape[2])
+    moved = tasks.support.y[:, :, order]
+    return tasks._replace(support=tasks.support._replace(y=moved))
+
+
+def retrain(made: runs.Setup, trained, states, keys: Array, probes: list[Task], weighted: bool):
+    """Phases 2 and 3, for every seed: stores gradients, the first at the trained parameters, and
+    trains on from `states`, in turns of --refresh.
+    """
     method = made.method(jnp.zeros((), jnp.int32))
     weights = {
         "softmax": weighting.softmax_weights(FLAGS.temperature),
@@ -173,7 +190,8 @@ def retrain(made: runs.Setup, states, keys: Array, probes: list[Task], weighted:
     progress = Progress("phase 3, " + ("feedback" if weighted else "control"), FLAGS.retrain_steps)
     probe_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(keys)))
     for number, done in enumerate(range(0, FLAGS.retrain_steps, every)):
-        stored = probe(probe_keys, states.params, probes[min(number, len(probes) - 1)])
+        at = trained if number == 0 else states
+        stored = probe(probe_keys, at.params, probes[min(number, len(probes) - 1)])
         count = min(every, FLAGS.retrain_steps - done)
         states = turn(keys, states, stored, made.splits["train"], count)
         jax.block_until_ready(states.step)
@@ -185,7 +203,7 @@ def retrain(made: runs.Setup, states, keys: Array, probes: list[Task], weighted:
 def evaluators(made: runs.Setup):
     """Phase 4: `(params [seeds, ...], probed tasks) -> scores by kind, a list over seeds`."""
     method = made.method(jnp.zeros((), jnp.int32))
-    score = losses.accuracy if made.metric == "accuracy" else losses.squared_error
+    score = runs.score_of(made.metric)
     other = runs.evaluator(made)
 
     @jax.jit

@@ -79,6 +79,10 @@ def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
         before = json.loads((folder / "grid.json").read_text())
     except (OSError, ValueError) as error:
         raise cli.BadInput(f"cannot use {folder}: {error}.") from error
+    if not isinstance(before, dict) or not {"problem", "rows"} <= before.keys():
+        raise cli.BadInput(
+            f"{folder / 'grid.json'} is no table of this program; choose another --out."
+        )
     if before["problem"] != identity:
         changed = [name for name in identity if before["problem"].get(name) != identity[name]]
         raise cli.BadInput(

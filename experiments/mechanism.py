@@ -55,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput("--out is missing; give the folder to write to.")
     if FLAGS.seeds < 1:
         raise cli.BadInput(f"--seeds={FLAGS.seeds} must be 1 or more.")
+    if not 0 < FLAGS.rate < float("inf"):
+        raise cli.BadInput(f"--rate={FLAGS.rate} must be a positive number.")
     if "{}" not in FLAGS.noise:
         raise cli.BadInput(f"--noise={FLAGS.noise} has no {{}} where the std goes.")
     specs = {"0": FLAGS.method}
@@ -87,7 +89,7 @@ NUMBERS = ("barrier", "rise", "spread", "cosine", "entropy", "settled", "instabi
 
 def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[str, Any]:
     """Lists over seeds of `NUMBERS`, and the mean loss along the line."""
-    step = jnp.zeros((), jnp.int32)
+    step = jnp.asarray(FLAGS.steps - 1)
     k_line, k_diverse, k_sample = jax.random.split(jax.random.key(KEY), 3)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(k_sample, jnp.arange(TASKS))
     draw = lambda key: jax.tree.map(lambda x: x[0], plain.sample(key, plain.splits["train"]))
@@ -102,7 +104,9 @@ def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[
         lines.append(along)
         inside = along[(LINE >= -1e-9) & (LINE <= 1 + 1e-9)]
         spread, cosine, entropy = map(float, diverse(b, tasks))
-        settled, shake = analysis.settling(jnp.asarray(losses[s]), max(1, len(losses[s]) // 50))
+        settled, shake = analysis.settling(
+            jnp.asarray(losses[s]), max(min(5, len(losses[s])), len(losses[s]) // 50)
+        )
         values = (
             float(analysis.barrier(jnp.asarray(inside))),
             float(inside[-1] - inside[0]),

@@ -356,10 +356,19 @@ def check_digests(folder: Path, made: Setup) -> None:
         )
 
 
+def _finite(record: Any) -> Any:
+    """The record with null for what JSON cannot hold, NaN and infinities."""
+    if isinstance(record, dict):
+        return {name: _finite(value) for name, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [_finite(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
 def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
     temporary.replace(path)
 
 

@@ -207,8 +207,13 @@ def method(text: str, problem: Problem) -> Callable[[Array], Method]:
 
 def spans_run(text: str) -> bool:
     """Whether a spec's numbers depend on how many meta-steps the run has."""
-    shapes = [options.get(name) for _, options in _parse(text) for name in ("schedule", "ramp")]
-    return any(shape not in (None, "constant") for shape in shapes)
+    for name, options in _parse(text)[1:]:
+        arguments = MODIFIERS[name].arguments
+        for written, value in options.items():
+            argument = arguments[int(written)] if written.isdigit() else written
+            if argument in ("schedule", "ramp") and value != "constant":
+                return True
+    return False
 
 
 def net(text: str, **fixed: Any) -> Callable[[int | None], Net]:

@@ -143,7 +143,7 @@ def prototypes(net: Net, inner: Wrap, *, forward: Forward = transductive) -> Lea
     if inner is not identity:
         raise ValueError(
             "A change of the inner-loop gradients was asked for, but protonet has no inner loop. "
-            "Change the meta-gradient instead: site='outer' in a spec, site=outer in Python."
+            "Leave it out, or change the meta-gradient: site='outer' in a spec, outer in Python."
         )
 
     def embed(params: MetaParams, support: Examples) -> Prototypes:

@@ -24,8 +24,9 @@ def subnet(net: Net, mask: Params) -> Net:
     def masked(f):
         return f and (lambda params, *rest: f(jax.tree.map(jnp.multiply, params, mask), *rest))
 
+    both = mask if net.mask is None else jax.tree.map(jnp.multiply, net.mask, mask)
     apply, apply_by_first = masked(net.apply), masked(net.apply_by_first)
-    return net._replace(apply=apply, apply_by_first=apply_by_first, mask=mask)
+    return net._replace(apply=apply, apply_by_first=apply_by_first, mask=both)
 
 
 class View(NamedTuple):

@@ -69,11 +69,9 @@ def after(perturb: Perturb) -> Wrap:
 # --- sites ----------------------------------------------------------------------------------
 
 
-def _site(slot: str, where: Callable[[Perturb], Wrap]) -> Site:
+def _site(slot: str, place: Callable[[Wrap, Perturb], Wrap]) -> Site:
     def site(method: Method, perturb: Perturb) -> Method:
-        held: Wrap = getattr(method, slot)
-        # inside what is held: gradients pass the perturbations in the order they were applied
-        wrap = lambda rule: held(where(perturb)(rule))
+        wrap = place(getattr(method, slot), perturb)
         if slot != "outer":
             method.algorithm(method.net, wrap)  # a learner without an inner loop refuses here
         return method._replace(**{slot: wrap})
@@ -81,16 +79,25 @@ def _site(slot: str, where: Callable[[Perturb], Wrap]) -> Site:
     return site
 
 
-inner = _site("inner", before)
+# Both ways, what was applied first acts first.
+def _on_gradients(held: Wrap, perturb: Perturb) -> Wrap:
+    return lambda rule: held(before(perturb)(rule))
+
+
+def _on_updates(held: Wrap, perturb: Perturb) -> Wrap:
+    return lambda rule: after(perturb)(held(rule))
+
+
+inner = _site("inner", _on_gradients)
 """The gradient of every inner step of training: `theta - lr (g + eps)`, the paper's main method."""
-inner_update = _site("inner", after)
+inner_update = _site("inner", _on_updates)
 """The update of every inner step of training: `theta - lr g + eps`, the other reading. For SGD the
 same as `inner` at `sigma = lr sigma_inner`."""
-outer = _site("outer", before)
+outer = _site("outer", _on_gradients)
 """The meta-gradient, before the outer optimiser."""
-outer_update = _site("outer", after)
+outer_update = _site("outer", _on_updates)
 """The outer optimiser's update."""
-test = _site("test", before)
+test = _site("test", _on_gradients)
 """The gradient of every inner step at meta-test, where otherwise nothing is perturbed."""
 
 
@@ -131,7 +138,8 @@ def unit(grads: Params, weights: Params) -> Params:
 
 def gradient_rms(grads: Params, weights: Params) -> Params:
     """Sigma in units of the gradient's root mean square over all leaves: 1 / sigma is the
-    signal-to-noise ratio, whatever the problem's scale. A constant to derivatives.
+    signal-to-noise ratio, whatever the problem's scale. A constant to derivatives. Entries that do
+    not move count: the zeros of pruned weights, the body's gradient in ANIL.
     """
     del weights
     rms = _rms(grads)
@@ -158,6 +166,8 @@ def noise(
     relative_to: Scale = unit,
 ) -> Modifier:
     """`g + sigma eps`, eps of mean 0 and variance 1, drawn anew per task, step and leaf.
+
+    At an inner site every sub-network draws its own; at an outer one the sum of all is perturbed.
 
     Args:
       std: sigma, the standard deviation, in the unit that `relative_to` gives; 0 changes nothing,

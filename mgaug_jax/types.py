@@ -148,7 +148,8 @@ class Method(NamedTuple):
       reduce: `task losses [T] -> scalar`.
       outer: Around the outer optimiser.
       test: Around the inner optimiser at meta-test.
-      weigh: `task gradients [T, ...] -> weights [T]` in the meta-gradient; None: equal.
+      weigh: `task gradients [T, ...] -> weights [T]` in the meta-gradient, of which they are the
+        addends (1/T included); None: equal.
     """
 
     net: Net

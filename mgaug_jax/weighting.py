@@ -39,8 +39,8 @@ def probe_gradients(
     tasks: Task,
     judge: Callable[[Task], Task] = on_support,
 ) -> MetaParams:
-    """Meta-gradients of P test tasks, one by one, `[P, ...]`: adapted without perturbation by the
-    full network, then judged as `judge` says.
+    """Meta-gradients of P test tasks, one by one, `[P, ...]`: adapted by the full network as at
+    meta-test, then judged as `judge` says.
 
     Args:
       method: Its network and algorithm; sub-networks and training perturbations take no part.

@@ -417,7 +417,7 @@ def test_one_hot_tasks_are_noisy_sines_of_the_amplitude_their_index_names(key):
     rest = y - np.linspace(0.1, 4, 20)[index][..., None] * np.sin(x[..., :1])
     assert abs(rest.std() - 0.1) < 0.004
     assert abs(rest.mean()) < 0.005
-    assert len(np.unique(x[..., 0])) == x[..., 0].size
+    assert len(np.unique(x[..., 0])) > 0.99 * x[..., 0].size  # a few of 2^23 values coincide
 
 
 def test_one_hot_tests_are_off_the_grid_with_an_index_that_says_nothing(key):

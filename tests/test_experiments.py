@@ -194,7 +194,7 @@ def test_regression_run(tmp_path, monkeypatch, capsys):
 BAD = {
     "--method=fomal(lr=0.1)": "'fomal' is no algorithm; known: anil, fomaml, maml",
     "--method=fomaml(rate=0.1)": "fomaml takes no argument 'rate'; its arguments: lr, steps",
-    "--method=fomaml|dropout(0.1)": "'dropout' is no modifier; known: cp, pp, wp",
+    "--method=fomaml|dropout(0.1)": "'dropout' is no modifier; known: cp, drop_grad, first_order, l2, noise, pp, wp",
     "--method=fomaml(lr=": "is not a spec",
     "--method=fomaml(lr=__import__('os'))": "is not a literal",
     "--method=fomaml|cp(keep=0)": "keep=0 was asked for",
@@ -324,6 +324,8 @@ def test_drop_grad_is_ramped_by_its_spec():
 
 
 def test_a_schedule_makes_the_number_of_steps_part_of_the_run(tmp_path, monkeypatch, capsys):
+    assert spec.spans_run("fomaml|noise(0.1,'inner','gaussian','unit','linear')")
+    assert not spec.spans_run("fomaml(0.1)|noise(0.1,'inner')|cp(0.9,start=3)")
     method = "--method=fomaml(lr=0.1,steps=1)|noise(0.1,schedule='linear')"
     folder = f"--out={tmp_path / 'run'}"
     assert start(monkeypatch, train, *TINY, method, folder, "--steps=2") == 0

@@ -445,8 +445,10 @@ CHANGES = {
     "drop-inner": drop_grad(0.1),
     "drop-outer": drop_grad(0.1, site=perturb.outer, factors=perturb.bernoulli_factors),
     "l2": l2(1e-3),
+    "noise-outer-update": noise(0.1, site=perturb.outer_update),
+    "noise-test": noise(0.1, site=perturb.test),
 }
-INNER = {"noise", "noise-update", "drop-inner"}
+INNER = {"noise", "noise-update", "drop-inner", "noise-test"}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -479,14 +481,15 @@ def test_every_perturbation_traces_over_every_pruner(pruner):
         assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-def test_the_order_of_modifiers_is_the_order_of_perturbation(x64):
+@pytest.mark.parametrize(("site", "around"), [("inner", "grad"), ("inner_update", "update")])
+def test_the_order_of_modifiers_is_the_order_of_perturbation(x64, site, around):
     task, params = regression()
     plain = maml(linear(), lr=LR, steps=STEPS, loss=squared_error)
     double = lambda key, g, w: jax.tree.map(lambda x: 2 * x, g)
     shift = lambda key, g, w: jax.tree.map(lambda x: x + 1, g)
-    method = perturb.inner(perturb.inner(plain, double), shift)
+    method = SITES[site](SITES[site](plain, double), shift)
     got = adapted(method, jax.random.key(0), params, task)
-    assert_close(got, loop(params, task, lambda i, n, g: 2 * g + 1))
+    assert_close(got, loop(params, task, lambda i, n, g: 2 * g + 1, around))
 
 
 def test_two_perturbations_of_one_site_draw_apart(x64):
