@@ -20,7 +20,7 @@ Writes feedback.json into --out: per-seed numbers, means and 95 % intervals over
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from experiments.progress import Progress
 from mgaug_jax import meta, weighting
 from mgaug_jax.evaluation import evaluate
 from mgaug_jax.nets.lowering import map_tasks
-from mgaug_jax.types import Array, MetaParams, Task
+from mgaug_jax.types import Array, MetaParams, Modifier, Task
 
 EXIT_NOT_FINITE = 3
 WEIGHTS = ("softmax", "rectified")
@@ -78,10 +78,13 @@ def main(arguments: Sequence[str]) -> int:
     tasks = [probed_tasks(made, number) for number in range(batches)]
     probes = [mislabelled(task) for task in tasks] if FLAGS.outlier else tasks
     start = trained if FLAGS.begin == "trained" else begin
+    equal = lambda stored: lambda method: method
     ends = {
         "before": trained,
-        "feedback": retrain(made, trained, start, keys, probes, weighted=True),
-        "control": retrain(made, trained, start, keys, probes, weighted=False),
+        "feedback": retrain(made, trained, start, keys, probes, weighed()),
+        "control": retrain(
+            made, trained, start, keys, probes, lambda stored: lambda method: method
+        ),
     }
     judge = evaluators(made)
     found = {name: judge(state.params, tasks[-1]) for name, state in ends.items()}
@@ -95,6 +98,8 @@ def main(arguments: Sequence[str]) -> int:
     }
     runs.write_json(folder / "feedback.json", report)
     print(f"\n{made.metric} of {FLAGS.seeds} seeds, mean and 95 % interval over seeds")
+    if FLAGS.judge == "query":
+        print("  the stored gradients have seen the labels of the probed tasks: a leak")
     for name, (mean, half) in report["summary"].items():
         print(f"  {name:<34} {mean:+.4f} +- {half:.4f}")
     return 0
@@ -157,15 +162,20 @@ def mislabelled(tasks: Task) -> Task:
     return tasks._replace(support=tasks.support._replace(y=moved))
 
 
-def retrain(made: runs.Setup, trained, states, keys: Array, probes: list[Task], weighted: bool):
-    """Phases 2 and 3, for every seed: stores gradients, the first at the trained parameters, and
-    trains on from `states`, in turns of --refresh.
-    """
-    method = made.method(jnp.zeros((), jnp.int32))
+def weighed() -> Callable[[MetaParams], Modifier]:
+    """`stored gradients -> modifier`, as the flags say."""
     weights = {
         "softmax": weighting.softmax_weights(FLAGS.temperature),
         "rectified": weighting.rectified_weights,
     }[FLAGS.weights]
+    return lambda stored: weighting.feedback(stored, weights=weights)
+
+
+def retrain(made: runs.Setup, trained, states, keys: Array, probes: list[Task], change):
+    """Phases 2 and 3, for every seed: stores gradients, the first at the trained parameters, and
+    trains `change(stored)(method)` on from `states`, in turns of --refresh.
+    """
+    method = made.method(jnp.zeros((), jnp.int32))
     judge = JUDGES[FLAGS.judge]
     optimizer = optax.adam(made.config.outer_lr)
     states = states._replace(opt=jax.vmap(optimizer.init)(states.params))
@@ -180,14 +190,13 @@ def retrain(made: runs.Setup, trained, states, keys: Array, probes: list[Task], 
     @partial(jax.jit, static_argnames="count")
     def turn(keys: Array, states, stored: MetaParams, data: Any, count: int):
         def one(key: Array, state, stored: MetaParams):
-            change = weighting.feedback(stored, weights=weights) if weighted else lambda m: m
-            learner = meta.trainer(lambda step: change(made.method(step)), optimizer)
+            learner = meta.trainer(lambda step: change(stored)(made.method(step)), optimizer)
             return meta.run(learner, made.sample, key, state, data, count)[0]
 
         return map_tasks(method.net, one, keys, states, stored)
 
     every = FLAGS.refresh or FLAGS.retrain_steps
-    progress = Progress("phase 3, " + ("feedback" if weighted else "control"), FLAGS.retrain_steps)
+    progress = Progress("phase 3, re-train", FLAGS.retrain_steps)
     probe_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(keys)))
     for number, done in enumerate(range(0, FLAGS.retrain_steps, every)):
         at = trained if number == 0 else states

@@ -332,7 +332,7 @@ ALGORITHMS = {
 ZEROS = {
     **{f"noise-{site}": partial(noise, 0.0, site=SITES[site]) for site in SITES},
     "noise-rms": partial(noise, 0.0, relative_to=perturb.gradient_rms),
-    "noise-traced": lambda: noise(jnp.zeros(())),
+    "noise-array": lambda: noise(jnp.zeros(())),
     "gaussian-drop": partial(drop_grad, 0.0),
     "bernoulli-drop": partial(drop_grad, 0.0, factors=perturb.bernoulli_factors),
     "ramped-drop": partial(drop_grad, 0.5, ramp=0.0),
