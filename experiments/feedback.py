@@ -82,9 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     ends = {
         "before": trained,
         "feedback": retrain(made, trained, start, keys, probes, weighed()),
-        "control": retrain(
-            made, trained, start, keys, probes, lambda stored: lambda method: method
-        ),
+        "control": retrain(made, trained, start, keys, probes, equal),
     }
     judge = evaluators(made)
     found = {name: judge(state.params, tasks[-1]) for name, state in ends.items()}
