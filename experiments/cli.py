@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_NOT_FINITE = 2, 3
 HELP = ("help", "h", "?", "helpfull", "helpshort")
 
 
@@ -16,12 +16,16 @@ class BadInput(ValueError):
     """Something the user asked for that cannot be; the text says what to do."""
 
 
+class NotFinite(ArithmeticError):
+    """Training met a value that is not finite; the text says where and what to do."""
+
+
 def start(main: Callable[[Sequence[str]], int | None], usage: str, positional: str = "") -> None:
     """Parses the flags, runs `main(positional arguments)` and exits.
 
     `--help` prints `usage` and the flags of the calling module and exits 0. A flag that does not
     parse, an unknown flag, an argument where none belongs and every `BadInput` print one sentence
-    and exit 2, where absl would exit 1 or carry on.
+    and exit 2, where absl would exit 1 or carry on; `NotFinite` exits 3.
 
     Args:
       main: Returns an exit code, None for 0.
@@ -47,6 +51,6 @@ def _start(main, usage: str, positional: str) -> int:
         if positional and not arguments:
             raise BadInput(f"nothing to read; give one {positional} or more.")
         return main(arguments) or 0
-    except (flags.Error, BadInput) as error:
+    except (flags.Error, BadInput, NotFinite) as error:
         print(f"error: {str(error).strip()}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_NOT_FINITE if isinstance(error, NotFinite) else EXIT_BAD_INPUT

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, runs
+from experiments import cli, runs, store
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "Folder of the run.")
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput(f"--episodes={FLAGS.episodes} must be 1 or more.")
     folder = Path(FLAGS.run)
     runs.check_seed("test_seed", FLAGS.test_seed)
-    made = runs.setup(runs.read_config(folder), say=print)
-    runs.check_digests(folder, made)
-    saved = runs.restore(made, folder)
+    made = runs.setup(store.read_config(folder), say=print)
+    store.check_digests(folder, made)
+    saved = store.restore(made, folder)
     output = Path(FLAGS.output) if FLAGS.output else folder / "evaluation"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str]) -> int:
     found, scores = runs.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)
     chance = 1 / made.config.way if made.metric == "accuracy" else None
     results = {"metric": made.metric, "best_step": int(saved.best_step), **found, "chance": chance}
-    runs.write_json(output / "evaluation.json", results)
+    store.write_json(output / "evaluation.json", results)
     identity = runs.episode_identity(made, FLAGS.episodes, FLAGS.test_seed)
-    runs.save_episodes(output, scores, identity)
+    store.save_episodes(output, scores, identity)
     runs.print_results(results)
     return 0
 

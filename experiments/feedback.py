@@ -11,18 +11,17 @@
 
 Every number is shown after phase 1 ("before"), after re-training with weights ("feedback") and
 after re-training as long with equal weights ("control"): only feedback minus control tells what
-feedback does. With --refresh=k the gradients are stored anew every k steps and, with --stream,
-those of new test tasks, as they come in online. --outlier probes tasks whose support labels are
-moved to other images, to see what a misleading test task does. --judge=query is a leak: it uses
-the labels that the probed tasks are judged by.
+feedback does. With --refresh=k the gradients are stored anew every k steps. With --stream every
+refresh brings new test tasks, as they come in online: "probed" then is the mean over these batches,
+each scored when its turn is over, and "arrival" when it comes in, before its gradients are used.
+--outlier probes tasks whose support labels are moved to other images, to see what a misleading test
+task does. --judge=query is a leak: it uses the labels that the probed tasks are judged by.
 
 Writes feedback.json into --out: per-seed numbers, means and 95 % intervals over seeds.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,14 +30,13 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import cli, problem, runs, seeds
+from experiments import cli, problem, runs, seeds, store
 from experiments.progress import Progress
 from mgaug_jax import meta, weighting
 from mgaug_jax.evaluation import evaluate
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, MetaParams, Modifier, Task
 
-EXIT_NOT_FINITE = 3
 WEIGHTS = ("softmax", "rectified")
 JUDGES = {"support": weighting.on_support, "query": weighting.on_query}
 PROBE_SEED, OTHER_SEED = 40, 41
@@ -54,7 +52,7 @@ flags.DEFINE_string("judge", "support", "What stored gradients are of: support, 
 flags.DEFINE_string("begin", "trained", "Where re-training begins: trained or scratch.")
 flags.DEFINE_integer("retrain_steps", 200, "Meta-steps of re-training.")
 flags.DEFINE_integer("refresh", 0, "Store the gradients anew every so many steps; 0: never.")
-flags.DEFINE_bool("stream", False, "Every refresh probes new test tasks; the last are evaluated.")
+flags.DEFINE_bool("stream", False, "Every refresh probes new test tasks.")
 flags.DEFINE_bool("outlier", False, "Probe tasks with random labels in their support sets.")
 flags.DEFINE_integer("episodes", 200, "Unrelated test tasks.")
 flags.DEFINE_string("out", None, "Folder to write to.")
@@ -63,38 +61,29 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 def main(arguments: Sequence[str]) -> int:
     del arguments
     _check()
+    folder = store.output(FLAGS.out)
     made = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
-    folder = Path(FLAGS.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
     begin, keys = seeds.begin(made, FLAGS.seeds)
-    trained, losses_of_training = seeds.train(made, FLAGS.seeds, "phase 1, train")
-    if not np.isfinite(losses_of_training).all():
-        print("error: the loss of phase 1 is not finite. Lower a learning rate.", file=sys.stderr)
-        return EXIT_NOT_FINITE
-    batches = -(-FLAGS.retrain_steps // FLAGS.refresh) if FLAGS.stream else 1
-    tasks = [probed_tasks(made, number) for number in range(batches)]
-    probes = [mislabelled(task) for task in tasks] if FLAGS.outlier else tasks
+    trained, _ = seeds.train(made, FLAGS.seeds, "phase 1, train")
+    tasks = [probed_tasks(made, number) for number in range(len(turns()) if FLAGS.stream else 1)]
     start = trained if FLAGS.begin == "trained" else begin
-    equal = lambda stored: lambda method: method
-    ends = {
-        "before": trained,
-        "feedback": retrain(made, trained, start, keys, probes, weighed()),
-        "control": retrain(made, trained, start, keys, probes, equal),
-    }
-    judge = evaluators(made)
-    found = {name: judge(state.params, tasks[-1]) for name, state in ends.items()}
+    probed, unrelated = evaluators(made)
+    found = {"before": {"probed": mean_of([probed(trained.params, batch) for batch in tasks])}}
+    found["before"]["unrelated"] = unrelated(trained.params)
+    for name, change in (("feedback", weighed()), ("control", None)):
+        states, arrival, after = retrain(made, trained, start, keys, tasks, change, probed)
+        found[name] = {"probed": mean_of(after), "unrelated": unrelated(states.params)}
+        if FLAGS.stream:
+            found[name]["arrival"] = mean_of(arrival)
     report = {
         "flags": {name: FLAGS[name].value for name in _OWN},
         "problem": made.config.__dict__,
         "metric": made.metric,
         "per_seed": found,
         "summary": summary(found),
-        "versions": runs.versions(),
+        "versions": store.versions(),
     }
-    runs.write_json(folder / "feedback.json", report)
+    store.write_json(folder / "feedback.json", report)
     print(f"\n{made.metric} of {FLAGS.seeds} seeds, mean and 95 % interval over seeds")
     if FLAGS.judge == "query":
         print("  the stored gradients have seen the labels of the probed tasks: a leak")
@@ -110,8 +99,6 @@ _OWN = (
 
 
 def _check() -> None:
-    if FLAGS.out is None:
-        raise cli.BadInput("--out is missing; give the folder to write to.")
     for name in ("seeds", "probes", "retrain_steps", "episodes"):
         if FLAGS[name].value < 1:
             raise cli.BadInput(f"--{name}={FLAGS[name].value} must be 1 or more.")
@@ -154,7 +141,11 @@ def probed_tasks(made: runs.Setup, number: int) -> Task:
 
 
 def mislabelled(tasks: Task) -> Task:
-    """The tasks with the labels (or targets) of their supports in another order, one for all."""
+    """What is probed: with --outlier the tasks with the labels (or targets) of their supports in
+    another order, one for all.
+    """
+    if not FLAGS.outlier:
+        return tasks
     order = jax.random.permutation(jax.random.key(PROBE_SEED), tasks.support.y.shape[2])
     moved = tasks.support.y[:, :, order]
     return tasks._replace(support=tasks.support._replace(y=moved))
@@ -169,46 +160,70 @@ def weighed() -> Callable[[MetaParams], Modifier]:
     return lambda stored: weighting.feedback(stored, weights=weights)
 
 
-def retrain(made: runs.Setup, trained, states, keys: Array, probes: list[Task], change):
+def turns() -> range:
+    """The steps of re-training at which gradients are stored."""
+    return range(0, FLAGS.retrain_steps, FLAGS.refresh or FLAGS.retrain_steps)
+
+
+def retrain(made: runs.Setup, trained, states, keys: Array, tasks: list[Task], change, judge):
     """Phases 2 and 3, for every seed: stores gradients, the first at the trained parameters, and
     trains `change(stored)(method)` on from `states`, in turns of --refresh.
+
+    Args:
+      made: The setup.
+      trained: Its states after phase 1.
+      states: Where re-training begins.
+      keys: Training keys of the seeds.
+      tasks: Batches of test tasks: one, or one for each turn.
+      change: `stored -> modifier`; None stores nothing and changes nothing.
+      judge: `(params, tasks) -> scores [seeds]`.
+
+    Returns:
+      The states, and two lists with the scores of every batch: when it arrives, and when its last
+      turn is over.
     """
     method = made.method(jnp.zeros((), jnp.int32))
-    judge = JUDGES[FLAGS.judge]
     optimizer = optax.adam(made.config.outer_lr)
     states = states._replace(opt=jax.vmap(optimizer.init)(states.params))
 
     @jax.jit
     def probe(keys: Array, params: MetaParams, tasks: Task) -> MetaParams:
         one = lambda key, params, tasks: weighting.probe_gradients(
-            method, key, params, tasks, judge
+            method, key, params, tasks, JUDGES[FLAGS.judge]
         )
         return map_tasks(method.net, one, keys, params, tasks)
 
     @partial(jax.jit, static_argnames="count")
-    def turn(keys: Array, states, stored: MetaParams, data: Any, count: int):
-        def one(key: Array, state, stored: MetaParams):
-            learner = meta.trainer(lambda step: change(stored)(made.method(step)), optimizer)
+    def turn(keys: Array, states, stored: MetaParams | None, data: Any, count: int):
+        def one(key: Array, state, stored: MetaParams | None):
+            at = lambda step: change(stored)(made.method(step)) if change else made.method(step)
+            learner = meta.trainer(at, optimizer)
             return meta.run(learner, made.sample, key, state, data, count)[0]
 
         return map_tasks(method.net, one, keys, states, stored)
 
-    every = FLAGS.refresh or FLAGS.retrain_steps
     progress = Progress("phase 3, re-train", FLAGS.retrain_steps)
     probe_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(keys)))
-    for number, done in enumerate(range(0, FLAGS.retrain_steps, every)):
-        at = trained if number == 0 else states
-        stored = probe(probe_keys, at.params, probes[min(number, len(probes) - 1)])
-        count = min(every, FLAGS.retrain_steps - done)
+    arrival, after, steps = [], [], turns()
+    for number, done in enumerate(steps):
+        batch = tasks[min(number, len(tasks) - 1)]
+        if number < len(tasks):
+            arrival.append(judge(states.params, batch))
+        at, shown = trained if number == 0 else states, mislabelled(batch)
+        stored = probe(probe_keys, at.params, shown) if change else None
+        count = min(steps.step, FLAGS.retrain_steps - done)
         states = turn(keys, states, stored, made.splits["train"], count)
-        jax.block_until_ready(states.step)
+        if number >= len(steps) - 1 or number < len(tasks) - 1:
+            after.append(judge(states.params, batch))
         progress.at(done + count)
     progress.close()
-    return states
+    return states, arrival, after
 
 
 def evaluators(made: runs.Setup):
-    """Phase 4: `(params [seeds, ...], probed tasks) -> scores by kind, a list over seeds`."""
+    """Phase 4: `(params [seeds, ...], probed tasks) -> scores [seeds]`, and `params -> scores` on
+    unrelated tasks.
+    """
     method = made.method(jnp.zeros((), jnp.int32))
     score = runs.score_of(made.metric)
     other = runs.evaluator(made)
@@ -224,27 +239,33 @@ def evaluators(made: runs.Setup):
 
         return map_tasks(method.net, seed, params, tasks)
 
-    def judge(params: MetaParams, tasks: Task) -> dict[str, list[float]]:
-        probed = np.asarray(on_probed(params, tasks)).tolist()
-        unrelated = []
+    def on_unrelated(params: MetaParams) -> list[float]:
+        scores = []
         for s in range(FLAGS.seeds):
             mine = jax.tree.map(lambda leaf, s=s: leaf[s], params)
-            scores = other(mine, made.splits["test"], OTHER_SEED, FLAGS.episodes)
-            unrelated.append(float(scores.adapted.mean()))
-        return {"probed": probed, "unrelated": unrelated}
+            each = other(mine, made.splits["test"], OTHER_SEED, FLAGS.episodes)
+            scores.append(float(each.adapted.mean()))
+        return scores
 
-    return judge
+    return lambda params, tasks: np.asarray(on_probed(params, tasks)), on_unrelated
+
+
+def mean_of(batches: list[np.ndarray]) -> list[float]:
+    """Scores [seeds], each the mean over batches of test tasks."""
+    return np.mean(batches, axis=0).tolist()
 
 
 def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, tuple[float, float]]:
     """Means and intervals over seeds, and the paired differences to before and to the control."""
     table = {}
-    for kind in ("probed", "unrelated"):
+    for kind in ("probed", "unrelated", "arrival"):
         for name, by_kind in found.items():
-            table[f"{kind}, {name}"] = seeds.over_seeds(by_kind[kind])
+            if kind in by_kind:
+                table[f"{kind}, {name}"] = seeds.over_seeds(by_kind[kind])
         for base in ("before", "control"):
-            difference = np.subtract(found["feedback"][kind], found[base][kind])
-            table[f"{kind}, feedback - {base}"] = seeds.over_seeds(difference)
+            if kind in found[base]:
+                difference = np.subtract(found["feedback"][kind], found[base][kind])
+                table[f"{kind}, feedback - {base}"] = seeds.over_seeds(difference)
     return table
 
 

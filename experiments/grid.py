@@ -9,7 +9,7 @@ of every other method, and tested on the same episodes with the parameters of th
 are means and 95 % intervals over seeds (Student's t), and the paired difference to the first row.
 
 Writes grid.json (a row is added when it is done, and a repeated command skips rows that are there)
-and grid.png into --out.
+and grid.png into --out. A row whose loss is not finite is left out, and the exit code is then 3.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs
+from experiments import cli, plots, problem, runs, store
 from experiments.seeds import expand, over_seeds, train
 
 POINTS = 200
@@ -38,22 +38,35 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    if FLAGS.methods is None or FLAGS.out is None:
-        raise cli.BadInput("--methods and --out are needed; --help shows an example.")
+    if FLAGS.methods is None:
+        raise cli.BadInput("--methods is missing; --help shows an example.")
     if FLAGS.seeds < 1 or FLAGS.episodes < 1:
         raise cli.BadInput("--seeds and --episodes must be 1 or more.")
     methods = expand(FLAGS.methods)
-    made = {text: runs.setup(problem.config(text, 0, FLAGS.steps), say=print) for text in methods}
-    first = made[methods[0]]
-    table = open_table(Path(FLAGS.out), first)
+    folder = store.output(FLAGS.out)
+    first = runs.setup(problem.config(methods[0], 0, FLAGS.steps), say=print)
+    for text in methods[1:]:
+        runs.with_method(first, text)  # refuses what cannot work before anything is trained
+    table = open_table(folder, first)
+    shown: dict[str, dict[str, Any]] = {}
+    diverged = []
     for text in methods:
         if text not in table["rows"]:
-            table["rows"][text] = row(made[text], FLAGS.seeds, FLAGS.episodes, text)
-            runs.write_json(Path(FLAGS.out) / "grid.json", table)
-        print(line(text, table["rows"][text], table["rows"][methods[0]]), flush=True)
-    shown = {text: table["rows"][text] for text in methods}
-    print("\n" + "\n".join(markdown(shown, first.metric)))
-    plots.rows(shown, first.metric, Path(FLAGS.out) / "grid.png")
+            try:
+                made = runs.with_method(first, text)
+                table["rows"][text] = row(made, FLAGS.seeds, FLAGS.episodes, text)
+            except cli.NotFinite as error:
+                diverged.append(str(error))
+                print(error, flush=True)
+                continue
+            store.write_json(folder / "grid.json", table)
+        shown[text] = table["rows"][text]
+        print(line(text, shown[text], next(iter(shown.values()))), flush=True)
+    if shown:
+        print("\n" + "\n".join(markdown(shown, first.metric)))
+        plots.rows(shown, first.metric, folder / "grid.png")
+    if diverged:
+        raise cli.NotFinite(f"{len(diverged)} of {len(methods)} rows are left out. {diverged[0]}")
     return 0
 
 
@@ -61,7 +74,7 @@ def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
     """The table in `folder`, or an empty one.
 
     Raises:
-      BadInput: The folder holds a table of another problem, or cannot be written.
+      BadInput: The folder holds a table of another problem.
     """
     identity = {
         **dataclasses.asdict(made.config),
@@ -71,9 +84,8 @@ def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
     }
     for name in ("method", "seed", "eval_every", "data_dir"):
         del identity[name]
-    table = {"problem": identity, "metric": made.metric, "versions": runs.versions(), "rows": {}}
+    table = {"problem": identity, "metric": made.metric, "versions": store.versions(), "rows": {}}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "grid.json").exists():
             return table
         before = json.loads((folder / "grid.json").read_text())

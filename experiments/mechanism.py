@@ -24,7 +24,6 @@ Writes mechanism.json and mechanism.png into --out.
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs
+from experiments import cli, plots, problem, runs, store
 from experiments.seeds import over_seeds, train
 from mgaug_jax import analysis, weighting
 
@@ -51,8 +50,6 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    if FLAGS.out is None:
-        raise cli.BadInput("--out is missing; give the folder to write to.")
     if FLAGS.seeds < 1:
         raise cli.BadInput(f"--seeds={FLAGS.seeds} must be 1 or more.")
     if not 0 < FLAGS.rate < float("inf"):
@@ -61,25 +58,22 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput(f"--noise={FLAGS.noise} has no {{}} where the std goes.")
     specs = {"0": FLAGS.method}
     specs |= {std: f"{FLAGS.method}|{FLAGS.noise.replace('{}', std)}" for std in FLAGS.stds}
-    made = {std: runs.setup(problem.config(text, 0, FLAGS.steps)) for std, text in specs.items()}
-    folder = Path(FLAGS.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
+    folder = store.output(FLAGS.out)
+    plain = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps))
+    made = {std: runs.with_method(plain, text) for std, text in specs.items()}
     rows: dict[str, dict[str, Any]] = {}
     base = None
     for std, setup in made.items():
         states, losses = train(setup, FLAGS.seeds, f"std {std}")
         base = states.params if base is None else base
-        rows[std] = measure(setup, made["0"], base, states.params, losses)
+        rows[std] = measure(setup, plain, base, states.params, losses)
         print(line(std, rows[std]), flush=True)
-    similarity = correlations(made["0"], base)
+    similarity = correlations(plain, base)
     mean, half = over_seeds(similarity["correlation"])
     print(f"similarity and gain: correlation {mean:+.3f} +- {half:.3f} over seeds")
     report = {"method": FLAGS.method, "noise": FLAGS.noise, "rows": rows, "similarity": similarity}
-    versions = {"problem": made["0"].config.__dict__, "versions": runs.versions()}
-    runs.write_json(folder / "mechanism.json", report | versions)
+    versions = {"problem": plain.config.__dict__, "versions": store.versions()}
+    store.write_json(folder / "mechanism.json", report | versions)
     plots.mechanism(rows, LINE, similarity, folder / "mechanism.png")
     return 0
 

@@ -5,12 +5,10 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import mgaug_jax
 from experiments import spec
 from experiments.cli import BadInput
 from experiments.progress import Progress
-from mgaug_jax import checkpoint, data, episodes, losses, meta, methods, nets
+from mgaug_jax import data, episodes, losses, meta, methods, nets
 from mgaug_jax.data import sinusoid
 from mgaug_jax.evaluation import Scores, evaluate, interval
 from mgaug_jax.types import Array, MetaParams, Method, Task
@@ -81,6 +78,7 @@ class Setup(NamedTuple):
       sample: `(key, train) -> tasks`, the meta-batches of training.
       episode: `(key, split) -> task` in a batch of one, as validation and test draw it.
       splits: "train", "val", "test" -> data.
+      problem: What the data ask of a method.
       digests: Split -> hash of its classes and pixels.
       metric: "accuracy", or "mse" for regression.
       permuted: `(key, training task) -> task` whose labels (or whatever names the task) are
@@ -93,6 +91,7 @@ class Setup(NamedTuple):
     sample: Callable[[Array, Any], Task]
     episode: Callable[[Array, Any], Task]
     splits: dict[str, Any]
+    problem: spec.Problem
     digests: dict[str, str]
     metric: str
     permuted: Callable[[Array, Task], Task] | None
@@ -115,15 +114,32 @@ def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Set
             raise BadInput(f"--{name}={getattr(config, name)} is none of {', '.join(known)}.")
     try:
         build = _regression if config.data == SINUSOID else _classification
-        made = build(config, say)
-        # one abstract step finds what only shows when the parts meet
-        state = jax.eval_shape(made.trainer.init, jax.random.key(0))
-        tasks = jax.eval_shape(made.sample, jax.random.key(0), made.splits["train"])
-        jax.eval_shape(made.trainer.step, jax.random.key(0), state, tasks)
+        return _traced(build(config, say))
     except BadInput:
         raise
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
         raise BadInput(str(error)) from error
+
+
+def with_method(made: Setup, text: str) -> Setup:
+    """The same problem and data with the method of another spec.
+
+    Raises:
+      BadInput: As `setup`.
+    """
+    config = dataclasses.replace(made.config, method=text)
+    other = made._replace(config=config, **_method(config, made.problem))
+    try:
+        return _traced(other)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise BadInput(f"{text}: {error}") from error
+
+
+def _traced(made: Setup) -> Setup:
+    """The setup, after one abstract step, which finds what only shows when the parts meet."""
+    state = jax.eval_shape(made.trainer.init, jax.random.key(0))
+    tasks = jax.eval_shape(made.sample, jax.random.key(0), made.splits["train"])
+    jax.eval_shape(made.trainer.step, jax.random.key(0), state, tasks)
     return made
 
 
@@ -146,9 +162,17 @@ def _classification(config: Config, say) -> Setup:
     episode = episodes.sampler(config.way, config.shot, queries, 1)
     net = spec.net(config.net or "conv4(width=32)", image=splits["train"].pixels.shape[2:])
     problem = spec.Problem(net, config.way, losses.cross_entropy, config.steps)
-    method, trainer = _method(config, problem)
-    permuted = episodes.permute_labels
-    return Setup(config, method, trainer, sample, episode, splits, digests, "accuracy", permuted)
+    return Setup(
+        config=config,
+        **_method(config, problem),
+        sample=sample,
+        episode=episode,
+        splits=splits,
+        problem=problem,
+        digests=digests,
+        metric="accuracy",
+        permuted=episodes.permute_labels,
+    )
 
 
 def _regression(config: Config, say) -> Setup:
@@ -166,15 +190,24 @@ def _regression(config: Config, say) -> Setup:
             "(the one-hot problem of MR-MAML)."
         )
     net = spec.net(config.net or "mlp", inputs=inputs)
-    method, trainer = _method(config, spec.Problem(net, None, losses.squared_error, config.steps))
-    splits = {"train": None, "val": None, "test": None}
-    return Setup(config, method, trainer, sample, episode, splits, {}, "mse", permuted)
+    problem = spec.Problem(net, None, losses.squared_error, config.steps)
+    return Setup(
+        config=config,
+        **_method(config, problem),
+        sample=sample,
+        episode=episode,
+        splits={"train": None, "val": None, "test": None},
+        problem=problem,
+        digests={},
+        metric="mse",
+        permuted=permuted,
+    )
 
 
-def _method(config: Config, problem: spec.Problem):
+def _method(config: Config, problem: spec.Problem) -> dict[str, Any]:
     method = spec.method(config.method, problem)
     rate = SCHEDULES[config.schedule](config.outer_lr, config.steps)
-    return method, meta.trainer(method, optax.adam(rate))
+    return {"method": method, "trainer": meta.trainer(method, optax.adam(rate))}
 
 
 # --- randomness -----------------------------------------------------------------------------
@@ -297,6 +330,23 @@ def label_memory(made: Setup) -> Callable[[MetaParams], np.ndarray]:
     return gain
 
 
+def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
+    """What must be equal for two runs to have been tested on the same episodes."""
+    config = made.config
+    first = jax.random.fold_in(episode_key(seed), 0)
+    drawn = jax.jit(made.episode)(jax.random.split(first)[0], made.splits["test"])
+    return {
+        "data": config.data,
+        "split": made.digests.get("test"),
+        "way": config.way if made.metric == "accuracy" else None,
+        "shot": config.shot,
+        "episodes": count,
+        "seed": seed,
+        "metric": made.metric,
+        "first": hashlib.sha256(np.asarray(drawn.query.x).tobytes()).hexdigest(),
+    }
+
+
 def print_results(results: dict[str, Any]) -> None:
     """The table a run ends with."""
     labels = {
@@ -316,93 +366,7 @@ def print_results(results: dict[str, Any]) -> None:
         print(f"  {'chance':<34} {results['chance']:.4f}")
 
 
-# --- the run folder -------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> Config:
-    """The configuration of a run.
-
-    Raises:
-      BadInput: `folder` is not a run.
-    """
-    try:
-        record = json.loads((folder / "config.json").read_text())
-        return Config(**record["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{folder} is not a run folder ({error}); give one that experiments.train wrote."
-        ) from error
-
-
-def write_config(folder: Path, made: Setup) -> None:
-    """Writes `config.json`: the configuration, what the data were, and the versions."""
-    config = dataclasses.asdict(made.config)
-    record = {"config": config, "digests": made.digests, "versions": versions()}
-    write_json(folder / "config.json", record)
-
-
-def check_digests(folder: Path, made: Setup) -> None:
-    """Refuses data that are not those of the run.
-
-    Raises:
-      BadInput: A split has other classes or pixels.
-    """
-    before = json.loads((folder / "config.json").read_text())["digests"]
-    other = [name for name, digest in made.digests.items() if before.get(name) != digest]
-    if other:
-        raise BadInput(
-            f"the {' and '.join(other)} data are not those that {folder} was trained on; restore "
-            "them, or start a new run."
-        )
-
-
-def _finite(record: Any) -> Any:
-    """The record with null for what JSON cannot hold, NaN and infinities."""
-    if isinstance(record, dict):
-        return {name: _finite(value) for name, value in record.items()}
-    if isinstance(record, list | tuple):
-        return [_finite(value) for value in record]
-    return None if isinstance(record, float) and not math.isfinite(record) else record
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
-    temporary.replace(path)
-
-
-def versions() -> dict[str, str]:
-    return {
-        "mgaug_jax": mgaug_jax.__version__,
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def save_episodes(folder: Path, scores: dict[str, np.ndarray], identity: dict[str, Any]) -> None:
-    """Per-episode scores; episode e was drawn with the key `fold_in(episode_key(seed), e)`."""
-    numbers = np.arange(identity["episodes"])
-    stored = np.array(json.dumps(identity))
-    np.savez(folder / "episodes.npz", identity=stored, episode=numbers, **scores)
-
-
-def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
-    """What must be equal for two runs to have been tested on the same episodes."""
-    config = made.config
-    first = jax.random.fold_in(episode_key(seed), 0)
-    drawn = jax.jit(made.episode)(jax.random.split(first)[0], made.splits["test"])
-    return {
-        "data": config.data,
-        "split": made.digests.get("test"),
-        "way": config.way if made.metric == "accuracy" else None,
-        "shot": config.shot,
-        "episodes": count,
-        "seed": seed,
-        "metric": made.metric,
-        "first": hashlib.sha256(np.asarray(drawn.query.x).tobytes()).hexdigest(),
-    }
+# --- what a run is resumed from ---------------------------------------------------------------
 
 
 class Saved(NamedTuple):
@@ -425,15 +389,3 @@ def begin(made: Setup) -> Saved:
     """What a run starts from."""
     state = jax.jit(made.trainer.init)(keys(made.config.seed)[0])
     return Saved(state, state.params, jnp.zeros((), jnp.int32), jnp.full((), jnp.nan))
-
-
-def restore(made: Setup, folder: Path) -> Saved:
-    """The newest checkpoint of a run.
-
-    Raises:
-      BadInput: There is none that can be read.
-    """
-    try:
-        return checkpoint.restore(folder / "checkpoints", jax.eval_shape(lambda: begin(made)))[1]
-    except checkpoint.CheckpointError as error:
-        raise BadInput(f"{folder} has no checkpoint that can be read: {error}") from error

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
-from experiments.cli import BadInput
+from experiments.cli import BadInput, NotFinite
 from experiments.progress import Progress
 from mgaug_jax import meta
 from mgaug_jax.nets.lowering import map_tasks
@@ -21,7 +21,11 @@ CHUNK = 50
 
 
 def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndarray]:
-    """States after `config.steps` and losses, leading axis `seeds`; one program for all seeds."""
+    """States after `config.steps` and losses, leading axis `seeds`; one program for all seeds.
+
+    Raises:
+      NotFinite: A loss is not.
+    """
     steps = made.config.steps
     states, keys = begin(made, seeds)
     method = made.method(jnp.zeros((), jnp.int32))
@@ -37,6 +41,14 @@ def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndar
         count = min(CHUNK, steps - done)
         states, info = chunk(keys, states, made.splits["train"], count)
         losses.append(jax.device_get(info["query_loss"]))
+        bad = np.argwhere(~np.isfinite(losses[-1].T))
+        if bad.size:
+            progress.close()
+            step, seed = bad[0]
+            raise NotFinite(
+                f"{made.config.method}: the loss of step {done + step} with seed {seed} is not "
+                "finite. Lower a learning rate."
+            )
         progress.at(done + count, f"loss {losses[-1].mean():.3f}")
     progress.close()
     return states, np.concatenate(losses, axis=1)

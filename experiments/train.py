@@ -16,13 +16,10 @@ when done, 2 on bad input, 3 on a loss that is not finite.
 """
 
 import dataclasses
-import json
 import math
 import re
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, spec
+from experiments import cli, plots, problem, runs, spec, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
 
 CHUNK = 25
-EXIT_NOT_FINITE = 3
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
@@ -56,9 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{config.method} on {config.task} -> {folder}")
     judge = runs.evaluator(made)
     begin = time.monotonic()
-    code = train(made, judge, folder)
-    if code:
-        return code
+    train(made, judge, folder)
     runs.print_results(report(made, judge, folder, begin))
     return 0
 
@@ -81,14 +75,14 @@ def run_folder(made: runs.Setup, out: str | None, resume: bool) -> Path:
                     f"{folder} holds a run already; continue it with --resume or choose another "
                     "--out."
                 )
-            _same_run(runs.read_config(folder), made.config, folder)
-            runs.check_digests(folder, made)
+            _same_run(store.read_config(folder), made.config, folder)
+            store.check_digests(folder, made)
         elif resume:
             raise cli.BadInput(f"{folder} holds no run to resume; leave --resume out to start one.")
         elif folder.exists() and any(folder.iterdir()):
             raise cli.BadInput(f"{folder} is not empty; choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_config(folder, made)
+        store.write_config(folder, made)
     except OSError as error:
         raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
     return folder
@@ -126,8 +120,12 @@ def _same_run(old: runs.Config, new: runs.Config, folder: Path) -> None:
         )
 
 
-def train(made: runs.Setup, judge, folder: Path) -> int:
-    """Runs to `config.steps` in compiled chunks; returns an exit code."""
+def train(made: runs.Setup, judge, folder: Path) -> None:
+    """Runs to `config.steps` in compiled chunks.
+
+    Raises:
+      NotFinite: A loss or a validation score is not.
+    """
     config = made.config
     _, k_train = runs.keys(config.seed)
     saved, done = begin(made, folder)
@@ -137,7 +135,7 @@ def train(made: runs.Setup, judge, folder: Path) -> int:
     state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away to `step`
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
-    with Records(folder) as records:
+    with store.Records(folder) as records:
         while done < config.steps:
             to_evaluation = config.eval_every - done % config.eval_every
             count = min(CHUNK, to_evaluation, config.steps - done)
@@ -146,7 +144,7 @@ def train(made: runs.Setup, judge, folder: Path) -> int:
             bad = np.flatnonzero(~np.isfinite(info["loss"]))
             if bad.size:
                 progress.close()
-                return _not_finite(folder, f"loss of step {done + bad[0]}")
+                raise _not_finite(folder, f"loss of step {done + bad[0]}")
             done += count
             means = {name: float(values.mean()) for name, values in info.items()}
             records.add({"step": done} | means)
@@ -160,7 +158,7 @@ def train(made: runs.Setup, judge, folder: Path) -> int:
             found = runs.summary(scores.adapted)
             if not math.isfinite(found["mean"]):
                 progress.close()
-                return _not_finite(folder, f"validation score after step {done}")
+                raise _not_finite(folder, f"validation score after step {done}")
             best = saved.best, saved.best_step, saved.best_score
             if is_better(made.metric, found["mean"], float(saved.best_score)):
                 best = jax.tree.map(jnp.array, state.params), done, found["mean"]
@@ -179,7 +177,6 @@ def train(made: runs.Setup, judge, folder: Path) -> int:
                 f"{line}  validation {found['mean']:.3f} +- {found['half_width']:.3f}", flush=True
             )
     progress.close()
-    return 0
 
 
 def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
@@ -191,12 +188,12 @@ def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
     if not checkpoint.steps(folder / "checkpoints"):
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         return runs.begin(made), 0
-    saved = runs.restore(made, folder)
+    saved = store.restore(made, folder)
     done = int(saved.state.step)
     if done > made.config.steps:
         raise cli.BadInput(f"{folder} is at step {done} already; give --steps={done} or more.")
-    records = [record for record in read_records(folder) if record["step"] <= done]
-    write_records(folder, records)
+    records = [record for record in store.read_records(folder) if record["step"] <= done]
+    store.write_records(folder, records)
     print(f"resumed at step {done}")
     return saved, done
 
@@ -208,59 +205,15 @@ def is_better(metric: str, value: float, best: float) -> bool:
     return value >= best if metric == "accuracy" else value <= best
 
 
-def _not_finite(folder: Path, what: str) -> int:
+def _not_finite(folder: Path, what: str) -> cli.NotFinite:
     last = checkpoint.steps(folder / "checkpoints")
     kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint was made yet"
-    print(f"error: the {what} is not finite; {kept}. Lower a learning rate.", file=sys.stderr)
-    return EXIT_NOT_FINITE
-
-
-class Records:
-    """`metrics.jsonl`, appended to line by line, and TensorBoard where it is installed."""
-
-    def __init__(self, folder: Path):
-        self.log = (folder / "metrics.jsonl").open("a")
-        self.board = None
-        with suppress(ImportError):
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"))
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.log.write(json.dumps(record) + "\n")
-        self.log.flush()
-        if self.board is not None:
-            for name in record.keys() - {"step"}:
-                self.board.add_scalar(name, record[name], record["step"])
-
-    def __enter__(self) -> "Records":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.log.close()
-        if self.board is not None:
-            self.board.close()
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of `metrics.jsonl`; a kill may have cut the last one short."""
-    records = []
-    with suppress(FileNotFoundError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
-
-
-def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
-    temporary = folder / "metrics.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(folder / "metrics.jsonl")
+    return cli.NotFinite(f"the {what} is not finite; {kept}. Lower a learning rate.")
 
 
 def report(made: runs.Setup, judge, folder: Path, begin: float) -> dict[str, Any]:
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
-    saved = runs.restore(made, folder)
+    saved = store.restore(made, folder)
     step = int(saved.best_step)
     print(f"testing the parameters of step {step} on {runs.TEST_EPISODES} episodes", flush=True)
     found, scores = runs.measure(made, judge, saved.best, runs.TEST_EPISODES, runs.TEST_SEED)
@@ -273,12 +226,12 @@ def report(made: runs.Setup, judge, folder: Path, begin: float) -> dict[str, Any
         "chance": 1 / made.config.way if made.metric == "accuracy" else None,
         "session_seconds": round(time.monotonic() - begin, 1),
         "digests": made.digests,
-        "versions": runs.versions(),
+        "versions": store.versions(),
     }
-    runs.write_json(folder / "results.json", results)
+    store.write_json(folder / "results.json", results)
     identity = runs.episode_identity(made, runs.TEST_EPISODES, runs.TEST_SEED)
-    runs.save_episodes(folder, scores, identity)
-    plots.curves(read_records(folder), results, folder / "curves.png")
+    store.save_episodes(folder, scores, identity)
+    plots.curves(store.read_records(folder), results, folder / "curves.png")
     print(f"wrote {folder / 'results.json'}, episodes.npz and curves.png")
     return results
 

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cli, compare, evaluate, runs, spec, train
+from experiments import cli, compare, evaluate, runs, spec, store, train
 from mgaug_jax import checkpoint, losses, nets
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def finished(tmp_path_factory, glyph_cache):
 
 
 def final_state(folder: Path):
-    return runs.restore(runs.setup(runs.read_config(folder)), folder)
+    return store.restore(runs.setup(store.read_config(folder)), folder)
 
 
 def test_run_leaves_everything_behind(finished):
@@ -95,7 +95,7 @@ def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch):
     resumed, whole = final_state(folder), final_state(finished)
     assert resumed.state.step == whole.state.step == 4
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    records = lambda folder: [r for r in train.read_records(folder) if "val_accuracy" in r]
+    records = lambda folder: [r for r in store.read_records(folder) if "val_accuracy" in r]
     assert [record["step"] for record in records(folder)] == [2, 3, 4]
     assert records(folder)[-1] == records(finished)[-1]
 
@@ -138,7 +138,7 @@ def test_resume_with_other_settings_is_refused(finished, monkeypatch, capsys):
 def test_fewer_steps_than_done_are_refused(finished, monkeypatch, capsys):
     arguments = (*TINY, f"--out={finished}", "--resume", "--steps=2")
     assert "is at step 4 already" in refused(capsys, monkeypatch, train, *arguments)
-    assert runs.read_config(finished).steps == 2  # what was asked for last
+    assert store.read_config(finished).steps == 2  # what was asked for last
     assert start(monkeypatch, train, *TINY, f"--out={finished}", "--resume") == 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import cli, runs
+from experiments import cli, runs, store
 from experiments.seeds import expand, over_seeds
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +81,8 @@ def test_grid_equals_single_runs_and_adds_rows(tmp_path):
     single = [a for a in SINES if "seeds" not in a]
     arguments = (*single, f"--method={one}", "--seed=1", "--eval_every=4", f"--out={run}")
     done("train", *arguments)
-    made = runs.setup(runs.read_config(run))
-    params = runs.restore(made, run).state.params
+    made = runs.setup(store.read_config(run))
+    params = store.restore(made, run).state.params
     alone = runs.evaluator(made)(params, None, runs.TEST_SEED, 6).adapted.mean()
     assert table["rows"][one]["adapted"][1] == pytest.approx(float(alone), rel=1e-4)
 
@@ -103,15 +103,48 @@ def test_feedback_runs_its_phases(tmp_path):
         found = json.loads((folder / "feedback.json").read_text())
         per_seed = found["per_seed"]
         assert set(per_seed) == {"before", "feedback", "control"}
+        assert ("arrival" in per_seed["feedback"]) == (i == 1)
         assert all(len(v) == 2 for by_kind in per_seed.values() for v in by_kind.values())
         changed = per_seed["feedback"]["probed"] != per_seed["control"]["probed"]
-        again = per_seed["before"]["probed"] == per_seed["control"]["probed"]
+        again = per_seed["before"]["unrelated"] == per_seed["control"]["unrelated"]
         assert again == (i == 1)  # from scratch, as long as the first time: the same training
         if i < 2:
             assert changed
         else:  # equal weights are no feedback
             got, want = (per_seed[name]["unrelated"] for name in ("feedback", "control"))
             assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_feedback_from_scratch_stores_the_gradients_of_the_trained_network(tmp_path):
+    """Phase 1 reaches re-training from scratch by the stored gradients alone."""
+    arguments = (*SINES, "--method=maml(lr=0.01,steps=1)", "--retrain_steps=4", "--episodes=6")
+    found = []
+    for steps in ("4", "60"):
+        base = (*arguments, "--begin=scratch", f"--steps={steps}", f"--out={tmp_path / steps}")
+        done("feedback", *base)
+        found.append(json.loads((tmp_path / steps / "feedback.json").read_text())["per_seed"])
+    short, long = found
+    assert short["control"] == long["control"]
+    assert short["feedback"] != long["feedback"]
+
+
+@pytest.mark.parametrize("module", ["feedback", "grid", "mechanism"])
+def test_a_loss_that_is_not_finite_ends_with_3(tmp_path, module):
+    wild = "maml(lr=1e30,steps=2)"
+    method = {"grid": f"--methods=maml;{wild}"}.get(module, f"--method={wild}")
+    finished = run(module, *SINES, method, f"--out={tmp_path}")
+    assert finished.returncode == 3, finished.stderr
+    assert "is not finite. Lower a learning rate." in finished.stderr
+    if module == "grid":  # the other row is kept
+        assert list(json.loads((tmp_path / "grid.json").read_text())["rows"]) == ["maml"]
+
+
+@pytest.mark.parametrize("module", ["feedback", "grid", "mechanism"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, module):
+    (tmp_path / "file").write_text("")
+    extra = ("--methods=maml",) if module == "grid" else ()
+    assert "cannot write to" in refused(module, *SINES, *extra, f"--out={tmp_path / 'file'}")
+    assert "--out is missing" in refused(module, *SINES, *extra)
 
 
 @pytest.mark.parametrize(
