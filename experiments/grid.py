@@ -18,15 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from experiments import cli, plots, problem, runs, store
-from experiments.seeds import expand, over_seeds, train
-
-POINTS = 200
-COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
+from experiments.seeds import COLUMNS, expand, measured, over_seeds, train
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
@@ -107,18 +103,7 @@ def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
 def row(made: runs.Setup, seeds: int, episodes: int, label: str) -> dict[str, Any]:
     """Trains the seeds and measures them; a list over seeds for every column."""
     states, losses = train(made, seeds, label)
-    judge, memory = runs.evaluator(made), runs.label_memory(made)
-    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for seed in range(seeds):
-        params = jax.tree.map(lambda leaf, s=seed: leaf[s], states.params)
-        scores = judge(params, made.splits["test"], runs.TEST_SEED, episodes)
-        found["adapted"].append(float(scores.adapted.mean()))
-        found["step0"].append(float(scores.initial.mean()))
-        if made.permuted is not None:
-            found["label_memory"].append(float(memory(params).mean()))
-    found["train_loss"] = losses[:, -len(losses[0]) // 10 :].mean(1).tolist()
-    parts = np.array_split(losses.mean(0), min(POINTS, losses.shape[1]))
-    return {**found, "curve": [float(part.mean()) for part in parts]}
+    return measured(made, states, losses, episodes)
 
 
 # --- the table ------------------------------------------------------------------------------

@@ -206,8 +206,13 @@ def _regression(config: Config, say) -> Setup:
 
 def _method(config: Config, problem: spec.Problem) -> dict[str, Any]:
     method = spec.method(config.method, problem)
+    return {"method": method, "trainer": trainer(config, method)}
+
+
+def trainer(config: Config, method: Callable[[Array], Method]) -> meta.Trainer:
+    """The trainer of a method with the outer optimiser of the configuration."""
     rate = SCHEDULES[config.schedule](config.outer_lr, config.steps)
-    return {"method": method, "trainer": meta.trainer(method, optax.adam(rate))}
+    return meta.trainer(method, optax.adam(rate))
 
 
 # --- randomness -----------------------------------------------------------------------------
@@ -298,9 +303,10 @@ def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
     return found, scores
 
 
-def label_memory(made: Setup) -> Callable[[MetaParams], np.ndarray]:
-    """A compiled `params -> gain per episode`: accuracy after adaptation on training tasks with
-    their labels minus with permuted labels; for regression, squared error with permuted minus own.
+def label_memory(made: Setup) -> Callable[..., np.ndarray]:
+    """A compiled `(params, seed, count) -> gain per episode`: accuracy after adaptation on training
+    tasks with their labels minus with permuted ones; for regression, squared error with permuted
+    minus own.
 
     The same tasks twice. Where classes keep their labels (NME) the difference is what the network
     answers from memory; where labels are drawn anew (ME) there is none to find.
@@ -317,11 +323,11 @@ def label_memory(made: Setup) -> Callable[[MetaParams], np.ndarray]:
 
     judges = [evaluator(made, sample=draw) for draw in (own, permuted)]
 
-    def gain(params: MetaParams) -> np.ndarray:
+    def gain(
+        params: MetaParams, seed: int = MEMORY_SEED, count: int = MEMORY_EPISODES
+    ) -> np.ndarray:
         own_scores, permuted_scores = (
-            judge(
-                params, made.splits["train"], MEMORY_SEED, MEMORY_EPISODES, "label memory"
-            ).adapted
+            judge(params, made.splits["train"], seed, count, "label memory").adapted
             for judge in judges
         )
         difference = own_scores - permuted_scores

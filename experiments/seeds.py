@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,32 @@ from experiments.cli import BadInput, NotFinite
 from experiments.progress import Progress
 from mgaug_jax import meta
 from mgaug_jax.nets.lowering import map_tasks
-from mgaug_jax.types import Array
+from mgaug_jax.types import Array, MetaParams, Modifier
 
-CHUNK = 50
+CHUNK, POINTS = 50, 200
+COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
 
 
-def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndarray]:
+def train(
+    made: runs.Setup,
+    seeds: int,
+    label: str,
+    *,
+    values: Any = None,
+    change: Callable[[Any], Modifier] = lambda value: lambda method: method,
+    adjust: Callable[[Any, MetaParams, int], Any] = lambda values, params, done: values,
+    every: int = CHUNK,
+) -> tuple[meta.State, np.ndarray]:
     """States after `config.steps` and losses, leading axis `seeds`; one program for all seeds.
+
+    Args:
+      made: The setup.
+      seeds: How many: 0, 1, ...
+      label: What the progress line says.
+      values: A number, or a tree of them, for every seed, leading axis `seeds`.
+      change: What the number of a seed makes of the method; it is traced.
+      adjust: `(values, meta-parameters, steps done) -> values`, after every `every` steps.
+      every: See `adjust`.
 
     Raises:
       NotFinite: A loss is not.
@@ -31,15 +50,20 @@ def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndar
     method = made.method(jnp.zeros((), jnp.int32))
 
     @partial(jax.jit, static_argnames="count", donate_argnames="states")
-    def chunk(keys: Array, states: meta.State, data: Any, count: int):
-        one = lambda key, state: meta.run(made.trainer, made.sample, key, state, data, count)
-        return map_tasks(method.net, one, keys, states)
+    def chunk(keys: Array, states: meta.State, values: Any, data: Any, count: int):
+        def one(key: Array, state: meta.State, value: Any):
+            trainer = runs.trainer(made.config, lambda step: change(value)(made.method(step)))
+            return meta.run(trainer, made.sample, key, state, data, count)
+
+        return map_tasks(method.net, one, keys, states, values)
 
     progress = Progress(label, steps)
     losses = []
-    for done in range(0, steps, CHUNK):
-        count = min(CHUNK, steps - done)
-        states, info = chunk(keys, states, made.splits["train"], count)
+    for done in range(0, steps, every):
+        if done:
+            values = adjust(values, states.params, done)
+        count = min(every, steps - done)
+        states, info = chunk(keys, states, values, made.splits["train"], count)
         losses.append(jax.device_get(info["query_loss"]))
         bad = np.argwhere(~np.isfinite(losses[-1].T))
         if bad.size:
@@ -52,6 +76,24 @@ def train(made: runs.Setup, seeds: int, label: str) -> tuple[meta.State, np.ndar
         progress.at(done + count, f"loss {losses[-1].mean():.3f}")
     progress.close()
     return states, np.concatenate(losses, axis=1)
+
+
+def measured(
+    made: runs.Setup, states: meta.State, losses: np.ndarray, episodes: int
+) -> dict[str, list[float]]:
+    """What a table shows of trained seeds: a list over seeds for each of `COLUMNS`, and `curve`."""
+    judge, memory = runs.evaluator(made), runs.label_memory(made)
+    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    for seed in range(len(losses)):
+        params = jax.tree.map(lambda leaf, s=seed: leaf[s], states.params)
+        scores = judge(params, made.splits["test"], runs.TEST_SEED, episodes)
+        found["adapted"].append(float(scores.adapted.mean()))
+        found["step0"].append(float(scores.initial.mean()))
+        if made.permuted is not None:
+            found["label_memory"].append(float(memory(params).mean()))
+    found["train_loss"] = losses[:, -len(losses[0]) // 10 :].mean(1).tolist()
+    parts = np.array_split(losses.mean(0), min(POINTS, losses.shape[1]))
+    return {**found, "curve": [float(part.mean()) for part in parts]}
 
 
 def begin(made: runs.Setup, seeds: int) -> tuple[meta.State, Array]:

@@ -205,6 +205,21 @@ def method(text: str, problem: Problem) -> Callable[[Array], Method]:
     return at
 
 
+def modifier(text: str, clock: Clock, **fixed: Any) -> Modifier:
+    """The modifier of a spec of one call, with the arguments `fixed` in place of written ones.
+
+    Raises:
+      BadInput: As `method`.
+    """
+    calls = _parse(text)
+    name, options = calls[0]
+    _known(name, MODIFIERS, "modifier")
+    if len(calls) > 1:
+        raise BadInput(f"{text!r} names more than one modifier.")
+    with _refusals(text):
+        return _build(MODIFIERS, name, options | fixed, clock)
+
+
 def spans_run(text: str) -> bool:
     """Whether a spec's numbers depend on how many meta-steps the run has."""
     for name, options in _parse(text)[1:]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_probability, check_rate
+from mgaug_jax.checks import check_probability, check_rate, known
 from mgaug_jax.types import (
     Array,
     MetaParams,
@@ -79,6 +79,18 @@ def _site(slot: str, place: Callable[[Wrap, Perturb], Wrap]) -> Site:
     return site
 
 
+def _at(site: Site, perturb: Perturb, nothing: bool) -> Modifier:
+    """The perturbation at its site. One that is known to do `nothing` is left out, since a compiler
+    may round even `g + 0` otherwise, by contracting it with what stands beside it.
+    """
+
+    def modify(method: Method) -> Method:
+        changed = site(method, perturb)  # refuses where there is no such site
+        return method if nothing else changed
+
+    return modify
+
+
 # Both ways, what was applied first acts first.
 def _on_gradients(held: Wrap, perturb: Perturb) -> Wrap:
     return lambda rule: held(before(perturb)(rule))
@@ -120,7 +132,13 @@ def uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def student_t(key: Array, shape: tuple[int, ...], dtype: Any, freedom: float = 5.0) -> Array:
-    """Student's t of variance 1, with `freedom` > 2 degrees of freedom."""
+    """Student's t of variance 1, with `freedom` > 2 degrees of freedom.
+
+    Raises:
+      ValueError: `freedom` is 2 or less, where the variance is infinite.
+    """
+    if not freedom > 2:
+        raise ValueError(f"freedom={freedom!r} was asked for, but the variance needs more than 2.")
     return jax.random.t(key, freedom, shape, dtype) * ((freedom - 2) / freedom) ** 0.5
 
 
@@ -171,8 +189,8 @@ def noise(
 
     Args:
       std: sigma, the standard deviation, in the unit that `relative_to` gives; 0 changes nothing,
-        bit for bit. May be traced, so `trainer(lambda step: noise(schedule(step))(method), ...)`
-        lets it follow any schedule.
+        bit for bit (a traced 0 to the last digit or two of a compiled program). May be traced, so
+        `trainer(lambda step: noise(schedule(step))(method), ...)` lets it follow any schedule.
       site: Where: `inner` (the paper's main method), `inner_update`, `outer`, `outer_update`,
         `test`.
       distribution: `gaussian` (paper), `laplace`, `uniform`, `student_t`, or your own.
@@ -188,7 +206,27 @@ def noise(
         add = lambda g, scale, e: g + jnp.asarray(std, g.dtype) * scale * e
         return jax.tree.map(add, grads, relative_to(grads, weights), eps)
 
-    return lambda method: site(method, perturb)
+    return _at(site, perturb, known(std) == 0)
+
+
+def by_memory(std: float | Array, gains: Array, factor: float | Array) -> Array:
+    """The next sigma, without a sweep: as much noise as it takes that nothing is memorised.
+
+    `std * factor ** clip(z / 2 - 1, -1, 1)`, z the mean of the gains over its standard error: sigma
+    grows where memory is told from none (z above 2) and shrinks where it is not. A rule of ours:
+    which sigma to take is an open question of the source. Noise keeps memory from being built and
+    hardly undoes it, so start with more noise than is needed, and let sigma move more slowly than
+    training does.
+
+    Args:
+      std: sigma so far.
+      gains: Label memory of n training tasks, `[n]`: what the network gains by their own labels
+        over permuted ones, in accuracy or any other score.
+      factor: Above 1, the largest of one turn.
+    """
+    twice = 2 * jnp.std(gains, ddof=1) / len(gains) ** 0.5
+    beyond = (jnp.mean(gains) - twice) / jnp.maximum(twice, jnp.finfo(twice.dtype).tiny)
+    return std * factor ** jnp.clip(beyond, -1, 1)
 
 
 # --- DropGrad -------------------------------------------------------------------------------
@@ -234,7 +272,7 @@ def drop_grad(
         )
         return jax.tree.map(jnp.multiply, grads, optax.tree.random_like(key, grads, draw))
 
-    return lambda method: site(method, perturb)
+    return _at(site, perturb, known(rate) == 0 or known(ramp) == 0)
 
 
 # --- L2 -------------------------------------------------------------------------------------
@@ -259,6 +297,6 @@ def l2(weight: float | Array, *, leaves: Callable[[Role], bool] = lambda role: T
             net = jax.tree.map(pull, method.net.roles, grads.net, params.net)
             return grads._replace(net=net)
 
-        return outer(method, perturb)
+        return method if known(weight) == 0 else outer(method, perturb)
 
     return modify

@@ -15,6 +15,7 @@ from mgaug_jax import (
     cp,
     drop_grad,
     evaluate,
+    feedback,
     first_order,
     fomaml,
     l2,
@@ -320,6 +321,63 @@ def test_an_outer_update_is_perturbed_behind_the_optimiser(x64):
     assert_close(jax.tree.map(jnp.subtract, moved, plain), jax.tree.map(lambda w: 0.25, plain))
 
 
+@pytest.mark.parametrize("site", ["inner", "inner_update"])
+def test_through_a_meta_step_no_task_step_leaf_or_sub_network_shares_a_draw(site):
+    """Every inner loop of a meta-step records what was drawn: no two entries are ever equal."""
+    seen = []
+
+    def spy(key, grads, weights):
+        drawn = optax.tree.random_like(key, grads, jax.random.normal)
+        jax.debug.callback(
+            lambda *leaves: seen.append(np.concatenate([np.ravel(x) for x in leaves])),
+            *jax.tree.leaves(drawn),
+        )
+        return jax.tree.map(jnp.add, grads, drawn)
+
+    steps, subnets, count = 2, 3, 4
+    method = SITES[site](pp(keep=0.5, subnets=subnets)(fomaml(mlp(), lr=0.1, steps=steps)), spy)
+    tasks = make_tasks(jax.random.key(1), count, shape=(8, 8, 1))
+    params = method.algorithm(method.net, method.inner).init(jax.random.key(0))
+    jax.block_until_ready(jax.jit(partial(meta_gradient, method))(jax.random.key(0), params, tasks))
+    jax.effects_barrier()
+    size = sum(leaf.size for leaf in jax.tree.leaves(params.net))
+    assert len(seen) == (1 + subnets) * count * steps
+    assert all(len(draws) == size for draws in seen)
+    flat = np.concatenate(seen)
+    # float32 normals have 2^23 values: a few coincide by chance, a shared draw is one of `size`
+    assert len(np.unique(flat)) > len(flat) - size / 2
+
+
+# --- choosing sigma ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean", [-0.3, 0.0, 0.1, 0.3, 0.5, 2.0])
+def test_sigma_moves_by_how_far_memory_is_told_from_none(x64, mean):
+    gains = np.random.default_rng(0).normal(mean, 1.0, 40)
+    mean = sum(gains) / 40
+    error = (sum((g - mean) ** 2 for g in gains) / 39 / 40) ** 0.5
+    want = 0.7 * 1.5 ** min(max(mean / error / 2 - 1, -1), 1)
+    assert float(jax.jit(perturb.by_memory)(0.7, gains, 1.5)) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(("gain", "want"), [(0.0, 0.7), (0.1, 0.7 * 1.5), (-0.1, 0.7 / 1.5)])
+def test_sigma_of_gains_that_are_all_equal(x64, gain, want):
+    got = perturb.by_memory(0.7, jnp.full(10, gain), 1.5)
+    assert float(got) == pytest.approx(want, rel=1e-12)
+
+
+def test_sigma_settles_where_memory_ends(x64):
+    """Memory that falls as sigma grows, and is gone above 5."""
+    rng, std = np.random.default_rng(0), jnp.asarray(0.1)
+    path = []
+    for _ in range(150):
+        gains = jnp.asarray(rng.normal(max(0, 5 - std), 0.1, 50))
+        std = perturb.by_memory(std, gains, 1.05)
+        path.append(float(std))
+    assert 4.4 < min(path[100:])
+    assert max(path[100:]) < 5.6
+
+
 # --- identities -----------------------------------------------------------------------------
 
 ALGORITHMS = {
@@ -330,22 +388,63 @@ ALGORITHMS = {
     "protonet": lambda: protonet(mlp()),
 }
 ZEROS = {
-    **{f"noise-{site}": partial(noise, 0.0, site=SITES[site]) for site in SITES},
-    "noise-rms": partial(noise, 0.0, relative_to=perturb.gradient_rms),
-    "noise-array": lambda: noise(jnp.zeros(())),
-    "gaussian-drop": partial(drop_grad, 0.0),
-    "bernoulli-drop": partial(drop_grad, 0.0, factors=perturb.bernoulli_factors),
-    "ramped-drop": partial(drop_grad, 0.5, ramp=0.0),
-    "outer-drop": partial(drop_grad, 0.0, site=perturb.outer),
-    "l2": partial(l2, 0.0),
+    **{f"noise-{site}": lambda zero, site=site: noise(zero, site=SITES[site]) for site in SITES},
+    "noise-rms": lambda zero: noise(zero, relative_to=perturb.gradient_rms),
+    "gaussian-drop": drop_grad,
+    "bernoulli-drop": lambda zero: drop_grad(zero, factors=perturb.bernoulli_factors),
+    "ramped-drop": lambda zero: drop_grad(0.5, ramp=zero),
+    "outer-drop": lambda zero: drop_grad(zero, site=perturb.outer),
+    "l2": l2,
 }
 
 
-@pytest.mark.parametrize("zero", ZEROS)
-@pytest.mark.parametrize("algorithm", ["maml", "fomaml"])
-def test_zero_changes_no_bit(algorithm, zero):
-    method = cp(keep=0.7, subnets=2)(ALGORITHMS[algorithm]())
-    assert_equal(state_after(ZEROS[zero]()(method)), state_after(method))
+def has_site(algorithm, change):
+    return algorithm != "protonet" or "outer" in change or change == "l2"
+
+
+@pytest.mark.parametrize("change", ZEROS)
+def test_zero_changes_no_bit(change):
+    for algorithm in filter(lambda name: has_site(name, change), ALGORITHMS):
+        method = cp(keep=0.7, subnets=2)(ALGORITHMS[algorithm]())
+        for zero in (0, 0.0, jnp.zeros(())):
+            assert ZEROS[change](zero)(method) is method  # hence the same program
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("relative_to", ["unit", "gradient_rms", "leaf_rms", "weight_rms"])
+def test_a_traced_sigma_of_zero_adds_no_bit(distribution, relative_to):
+    grads = {"w": jax.random.normal(jax.random.key(0), (5, 3)), "b": jnp.zeros(3)}
+    spied = {}
+
+    def site(method, change):
+        spied["change"] = change
+
+    @jax.jit
+    def perturbed(zero):
+        chosen = DISTRIBUTIONS[distribution][0], getattr(perturb, relative_to)
+        noise(zero, site=site, distribution=chosen[0], relative_to=chosen[1])(None)
+        return spied["change"](jax.random.key(1), grads, grads)
+
+    assert_equal(perturbed(0.0), grads)
+    assert differ(perturbed(0.1), grads)
+
+
+@pytest.mark.parametrize("change", ZEROS)
+def test_a_traced_zero_is_the_plain_method(x64, change):
+    method = cp(keep=0.7, subnets=1)(ALGORITHMS["maml"]())
+    tasks = floats(make_tasks(jax.random.key(1), 2, queries=3, shape=(8, 8, 1)))
+    state = trainer(method, optax.sgd(1e-2)).init(jax.random.key(2))
+    state = state._replace(params=floats(state.params))
+
+    @jax.jit
+    def step(rate):
+        changed = trainer(ZEROS[change](rate)(method), optax.sgd(1e-2))
+        return changed.step(jax.random.key(0), state, tasks)[0].params
+
+    plain = jax.jit(trainer(method, optax.sgd(1e-2)).step)(jax.random.key(0), state, tasks)
+    # XLA may contract a multiply-add here and not there: the last digits of 64 bits
+    assert_close(step(0.0), plain[0].params, rtol=1e-13, atol=1e-15)
+    assert differ(step(0.5), plain[0].params)
 
 
 @pytest.mark.parametrize("name", ["noise", "drop_grad", "l2", "outer"])
@@ -447,38 +546,58 @@ CHANGES = {
     "l2": l2(1e-3),
     "noise-outer-update": noise(0.1, site=perturb.outer_update),
     "noise-test": noise(0.1, site=perturb.test),
+    "first-order": first_order,
+    "feedback": lambda method: feedback(shapes_of_one(method))(method),
 }
-INNER = {"noise", "noise-update", "drop-inner", "noise-test"}
+INNER = {"noise", "noise-update", "drop-inner", "noise-test", "first-order"}
+
+
+def shapes_of_one(method):
+    """Stored gradients, all ones, of one test task."""
+    params = jax.eval_shape(method.algorithm(method.net, method.inner).init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), params)
+
+
+SINGLES = [(name,) for name in CHANGES]
+PAIRS = list(itertools.combinations(CHANGES, 2))
+
+
+def check_traces(algorithm, pruner, names):
+    """A step keeps the state's shapes, or the method is refused where it has no inner loop."""
+    base = PRUNERS[pruner](ALGORITHMS[algorithm]())
+    change = compose(*(CHANGES[name] for name in reversed(names)))
+    if algorithm == "protonet" and INNER & set(names):
+        with pytest.raises(ValueError, match=r"protonet has no inner loop.*site"):
+            change(base)
+        return
+    tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
+    learner = trainer(change(base), optax.adam(1e-3))
+    state = jax.eval_shape(learner.init, jax.random.key(0))
+    after, info = jax.eval_shape(learner.step, jax.random.key(0), state, tasks)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(after) == shapes(state)
+    assert info["loss"].shape == ()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("pruner", ["none", "cp"])
-def test_all_pairs_trace_to_a_state_of_the_same_shape(algorithm, pruner):
-    tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
-    base = PRUNERS[pruner](ALGORITHMS[algorithm]())
-    for one, two in itertools.combinations(CHANGES, 2):
-        change = compose(CHANGES[two], CHANGES[one])
-        if algorithm == "protonet" and {one, two} & INNER:
-            with pytest.raises(ValueError, match=r"protonet has no inner loop.*site"):
-                change(base)
-            continue
-        learner = trainer(change(base), optax.adam(1e-3))
-        state = jax.eval_shape(learner.init, jax.random.key(0))
-        after, info = jax.eval_shape(learner.step, jax.random.key(0), state, tasks)
-        assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
-            lambda a: (a.shape, a.dtype), state
-        )
-        assert info["loss"].shape == ()
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_every_change_traces_with_every_algorithm_and_pruner(algorithm, pruner):
+    for names in SINGLES:
+        check_traces(algorithm, pruner, names)
 
 
-@pytest.mark.parametrize("pruner", ["wp", "pp"])
-def test_every_perturbation_traces_over_every_pruner(pruner):
-    tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
-    for change in CHANGES.values():
-        learner = trainer(change(PRUNERS[pruner](fomaml(mlp(), lr=0.1))), optax.adam(1e-3))
-        state = jax.eval_shape(learner.init, jax.random.key(0))
-        after, _ = jax.eval_shape(learner.step, jax.random.key(0), state, tasks)
-        assert jax.tree.structure(after) == jax.tree.structure(state)
+@pytest.mark.parametrize(("algorithm", "pruner"), [("maml", "cp"), ("protonet", "none")])
+def test_every_pair_of_changes_traces(algorithm, pruner):
+    for names in PAIRS:
+        check_traces(algorithm, pruner, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_the_full_grid_traces(algorithm, pruner):
+    for names in PAIRS:
+        check_traces(algorithm, pruner, names)
 
 
 @pytest.mark.parametrize(("site", "around"), [("inner", "grad"), ("inner_update", "update")])
@@ -550,6 +669,12 @@ def test_first_order_maml_is_fomaml(x64):
 def test_a_sigma_that_is_none_is_refused(std):
     with pytest.raises(ValueError, match=r"std=.* was asked for; take a number of 0 or more"):
         noise(std)
+
+
+@pytest.mark.parametrize("freedom", [2.0, 0.5, -1.0, float("nan")])
+def test_a_student_t_without_variance_is_refused(freedom):
+    with pytest.raises(ValueError, match=r"freedom=.* was asked for.*more than 2"):
+        perturb.student_t(jax.random.key(0), (3,), jnp.float32, freedom)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2, float("nan"), "often"])

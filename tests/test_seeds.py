@@ -161,6 +161,42 @@ def test_feedback_refuses_with_a_sentence(tmp_path, arguments, says):
     assert says in refused("feedback", *SINES, f"--out={tmp_path}", *arguments)
 
 
+def test_adapted_noise_grows_with_memory_and_starts_from_the_plain_method(tmp_path):
+    arguments = (*SINES, "--steps=120", "--every=20", "--method=maml(lr=0.01,steps=1)")
+    shown = done("adapt_noise", *arguments, "--episodes=6", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "adapt_noise.json").read_text())
+    assert "adapted - plain" in shown
+    stds = np.array(found["stds"])
+    assert stds.shape == (6, 2)
+    largest = 50 ** (20 / 120)
+    ratios = stds[1:] / stds[:-1]
+    assert (ratios < largest * 1.001).all()
+    assert (ratios > 0.999 / largest).all()
+    assert (ratios != 1).any()
+    rows = found["rows"]
+    assert rows["adapted"]["adapted"] != rows["plain"]["adapted"]
+    # a std of next to nothing for one turn: the plain method's seeds, tasks and test
+    tiny = ("--begin=1e-30", "--every=120")
+    done("adapt_noise", *arguments, *tiny, "--episodes=6", f"--out={tmp_path}")
+    rows = json.loads((tmp_path / "adapt_noise.json").read_text())["rows"]
+    assert rows["adapted"]["adapted"] == pytest.approx(rows["plain"]["adapted"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--labels=exclusive",), "nothing that could be memorised by name"),
+        (("--noise=l2()|l2()",), "names more than one modifier"),
+        (("--noise=cp(keep=0.5)",), "cp takes no argument 'std'"),
+        (("--begin=0",), "--begin=0.0 must be a positive number"),
+        (("--reach=1",), "--reach=1.0 must be a number above 1"),
+    ],
+)
+def test_adapted_noise_refuses_with_a_sentence(tmp_path, arguments, says):
+    method = "--method=maml(lr=0.01,steps=1)"
+    assert says in refused("adapt_noise", *SINES, method, f"--out={tmp_path}", *arguments)
+
+
 def test_mechanism_measures_everything(tmp_path):
     arguments = (*SINES, "--method=maml(lr=0.01,steps=1)", "--noise=noise({})", "--stds=0.5,2")
     done("mechanism", *arguments, f"--out={tmp_path}")
