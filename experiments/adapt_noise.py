@@ -49,7 +49,10 @@ def main(arguments: Sequence[str]) -> int:
             "these tasks have nothing that could be memorised by name, so label memory cannot lead "
             "the noise; take --labels=fixed_labels."
         )
-    change(jnp.ones(()))(made.method(jnp.zeros((), jnp.int32)))  # refuses before anything trains
+    try:  # before anything trains
+        change(jnp.ones(()))(made.method(jnp.zeros((), jnp.int32)))
+    except ValueError as error:
+        raise cli.BadInput(f"{FLAGS.noise}: {error}") from error
     memory = runs.label_memory(made)
     path = [np.full(FLAGS.seeds, FLAGS.begin, np.float32)]
     factor = FLAGS.reach ** (FLAGS.every / FLAGS.steps)
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     rows["adapted"] = seeds.measured(made, *trained, FLAGS.episodes)
     report = {
         "problem": made.config.__dict__,
-        "flags": {name: FLAGS[name].value for name in ("noise", "begin", "reach", "every")},
+        "flags": {name: FLAGS[name].value for name in _OWN},
         "metric": made.metric,
         "rows": rows,
         "stds": np.stack(path).tolist(),
@@ -89,12 +92,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+_OWN = ("noise", "begin", "reach", "every", "seeds", "episodes")
+
+
 def _check() -> None:
     for name in ("seeds", "episodes", "every"):
         if FLAGS[name].value < 1:
             raise cli.BadInput(f"--{name}={FLAGS[name].value} must be 1 or more.")
-    if not 0 < FLAGS.begin < float("inf"):
-        raise cli.BadInput(f"--begin={FLAGS.begin} must be a positive number.")
+    if FLAGS.every >= FLAGS.steps:
+        raise cli.BadInput(f"--every={FLAGS.every} leaves no turn in --steps={FLAGS.steps}.")
+    if not 0 < FLAGS.begin < 1e30:
+        raise cli.BadInput(f"--begin={FLAGS.begin} must be a positive number below 1e30.")
+    if "schedule" in FLAGS.noise:
+        raise cli.BadInput("--noise with a schedule has two masters; leave the schedule out.")
     if not 1 < FLAGS.reach < float("inf"):
         raise cli.BadInput(f"--reach={FLAGS.reach} must be a number above 1.")
 

@@ -32,11 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     made = runs.setup(store.read_config(folder), say=print)
     store.check_digests(folder, made)
     saved = store.restore(made, folder)
-    output = Path(FLAGS.output) if FLAGS.output else folder / "evaluation"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.BadInput(f"cannot write to {output}: {error.strerror}.") from error
+    output = store.output(FLAGS.output or str(folder / "evaluation"))
     judge = runs.evaluator(made)
     found, scores = runs.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)
     chance = 1 / made.config.way if made.metric == "accuracy" else None

@@ -113,10 +113,10 @@ def _check() -> None:
         raise cli.BadInput(f"--refresh={FLAGS.refresh} must be from 0 to --retrain_steps.")
     if FLAGS.tasks < 2:
         raise cli.BadInput("--tasks=1 leaves nothing to weigh; take 2 or more.")
-    if FLAGS.outlier and FLAGS.shot == 1 and FLAGS.data != runs.SINUSOID:
+    if FLAGS.outlier and FLAGS.shot == 1:
         raise cli.BadInput(
-            "--outlier with --shot=1 only renames the classes, which is a task like any other; "
-            "take --shot=5."
+            "--outlier with --shot=1 only renames the classes (or moves nothing), which is a task "
+            "like any other; take --shot=5."
         )
     if FLAGS.stream and not FLAGS.refresh:
         raise cli.BadInput("--stream needs --refresh, how many steps apart new tasks come in.")
@@ -129,26 +129,33 @@ def _check() -> None:
 def probed_tasks(made: runs.Setup, number: int) -> Task:
     """Test tasks `[seeds, P, ...]`, those of every seed and `number` its own."""
 
-    def one(key: Array) -> Task:
-        return jax.tree.map(lambda leaf: leaf[0], made.episode(key, made.splits["test"]))
+    @jax.jit
+    def draw(keys: Array, data: Any) -> Task:
+        one = lambda key: jax.tree.map(lambda leaf: leaf[0], made.episode(key, data))
+        return jax.vmap(one)(keys)
 
     count = FLAGS.seeds * FLAGS.probes
     first = jax.random.fold_in(runs.episode_key(PROBE_SEED), number)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(first, jnp.arange(count))
-    tasks = jax.jit(jax.vmap(one))(keys)
+    tasks = draw(keys, made.splits["test"])
     split = lambda leaf: leaf.reshape(FLAGS.seeds, FLAGS.probes, *leaf.shape[1:])
     return jax.tree.map(split, tasks)
 
 
 def mislabelled(tasks: Task) -> Task:
-    """What is probed: with --outlier the tasks with the labels (or targets) of their supports in
-    another order, one for all.
+    """What is probed: with --outlier the tasks with the labels of their supports misplaced. Example
+    k of class n is given class n + k, so that every class is a mixture; targets move on by one.
     """
     if not FLAGS.outlier:
         return tasks
-    order = jax.random.permutation(jax.random.key(PROBE_SEED), tasks.support.y.shape[2])
-    moved = tasks.support.y[:, :, order]
-    return tasks._replace(support=tasks.support._replace(y=moved))
+    y = tasks.support.y
+    if y.shape[-1] == 1:
+        return tasks._replace(support=tasks.support._replace(y=jnp.roll(y, 1, axis=2)))
+    way = y.shape[-1]
+    place = jnp.arange(y.shape[2])
+    wrong = jax.nn.one_hot((place // FLAGS.shot + place % FLAGS.shot) % way, way, dtype=y.dtype)
+    y = jnp.broadcast_to(wrong, y.shape)
+    return tasks._replace(support=tasks.support._replace(y=y))
 
 
 def weighed() -> Callable[[MetaParams], Modifier]:
@@ -198,11 +205,11 @@ def retrain(made: runs.Setup, trained, states, keys: Array, tasks: list[Task], c
         def one(key: Array, state, stored: MetaParams | None):
             at = lambda step: change(stored)(made.method(step)) if change else made.method(step)
             learner = meta.trainer(at, optimizer)
-            return meta.run(learner, made.sample, key, state, data, count)[0]
+            return meta.run(learner, made.sample, key, state, data, count)
 
         return map_tasks(method.net, one, keys, states, stored)
 
-    progress = Progress("phase 3, re-train", FLAGS.retrain_steps)
+    progress = Progress("phase 3, re-train", FLAGS.retrain_steps, unit="steps")
     probe_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(keys)))
     arrival, after, steps = [], [], turns()
     for number, done in enumerate(steps):
@@ -212,7 +219,8 @@ def retrain(made: runs.Setup, trained, states, keys: Array, tasks: list[Task], c
         at, shown = trained if number == 0 else states, mislabelled(batch)
         stored = probe(probe_keys, at.params, shown) if change else None
         count = min(steps.step, FLAGS.retrain_steps - done)
-        states = turn(keys, states, stored, made.splits["train"], count)
+        states, info = turn(keys, states, stored, made.splits["train"], count)
+        seeds.check_finite(made, np.asarray(info["query_loss"]), done)
         if number >= len(steps) - 1 or number < len(tasks) - 1:
             after.append(judge(states.params, batch))
         progress.at(done + count)

@@ -41,25 +41,24 @@ def main(arguments: Sequence[str]) -> int:
     methods = expand(FLAGS.methods)
     folder = store.output(FLAGS.out)
     first = runs.setup(problem.config(methods[0], 0, FLAGS.steps), say=print)
-    for text in methods[1:]:
-        runs.with_method(first, text)  # refuses what cannot work before anything is trained
+    made = {text: runs.with_method(first, text) for text in methods}  # refuses before it trains
     table = open_table(folder, first)
     shown: dict[str, dict[str, Any]] = {}
     diverged = []
     for text in methods:
         if text not in table["rows"]:
             try:
-                made = runs.with_method(first, text)
-                table["rows"][text] = row(made, FLAGS.seeds, FLAGS.episodes, text)
+                trained = train(made[text], FLAGS.seeds, text)
+                table["rows"][text] = measured(made[text], *trained, FLAGS.episodes)
             except cli.NotFinite as error:
                 diverged.append(str(error))
                 print(error, flush=True)
                 continue
             store.write_json(folder / "grid.json", table)
         shown[text] = table["rows"][text]
-        print(line(text, shown[text], next(iter(shown.values()))), flush=True)
+        print(line(text, shown[text], shown.get(methods[0])), flush=True)
     if shown:
-        print("\n" + "\n".join(markdown(shown, first.metric)))
+        print("\n" + "\n".join(markdown(shown, shown.get(methods[0]), first.metric)))
         plots.rows(shown, first.metric, folder / "grid.png")
     if diverged:
         raise cli.NotFinite(f"{len(diverged)} of {len(methods)} rows are left out. {diverged[0]}")
@@ -100,25 +99,20 @@ def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
     return before
 
 
-def row(made: runs.Setup, seeds: int, episodes: int, label: str) -> dict[str, Any]:
-    """Trains the seeds and measures them; a list over seeds for every column."""
-    states, losses = train(made, seeds, label)
-    return measured(made, states, losses, episodes)
-
-
 # --- the table ------------------------------------------------------------------------------
 
 
-def _cells(found: dict[str, Any], base: dict[str, Any]) -> list[str]:
+def _cells(found: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
     cells = []
     for name in COLUMNS:
         cells.append("{:.4f} ± {:.4f}".format(*over_seeds(found[name])) if found[name] else "")
+    if base is None or found is base:
+        return [*cells, ""]
     difference = np.subtract(found["adapted"], base["adapted"])
-    cells.append("" if found is base else "{:+.4f} ± {:.4f}".format(*over_seeds(difference)))
-    return cells
+    return [*cells, "{:+.4f} ± {:.4f}".format(*over_seeds(difference))]
 
 
-def line(text: str, found: dict[str, Any], base: dict[str, Any]) -> str:
+def line(text: str, found: dict[str, Any], base: dict[str, Any] | None) -> str:
     """One row for the terminal."""
     return f"{text}: " + "  ".join(
         f"{name} {cell}"
@@ -127,9 +121,10 @@ def line(text: str, found: dict[str, Any], base: dict[str, Any]) -> str:
     )
 
 
-def markdown(rows: dict[str, dict[str, Any]], metric: str) -> list[str]:
-    """The table, as it can be pasted into a report."""
-    base = next(iter(rows.values()))
+def markdown(
+    rows: dict[str, dict[str, Any]], base: dict[str, Any] | None, metric: str
+) -> list[str]:
+    """The table, as it can be pasted into a report, with differences to `base`."""
     head = ["method", f"test {metric}", "step 0", "label memory", "train loss", "difference"]
     lines = [head, ["---"] * len(head)]
     for text, found in rows.items():

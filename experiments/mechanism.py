@@ -7,8 +7,9 @@
 Trains --method plain and with --noise at every standard deviation of --stds, from the same seeds
 and on the same tasks, and reports, over seeds:
 
-  barrier      how far the training loss rises above the straight line between the plain and the
-               noisy solution (several optima?), and its height at the noisy end over the plain one;
+  barrier      how far the training loss on the straight line between the plain and the noisy
+               solution rises above both (several optima?), and, as "rise", how much higher the
+               noisy end is than the plain one;
   spread, cosine, entropy
                of task gradients and query predictions, at each solution and under its inner noise
                (more diverse tasks, less confidence?);
@@ -34,6 +35,7 @@ from absl import flags
 from experiments import cli, plots, problem, runs, store
 from experiments.seeds import over_seeds, train
 from mgaug_jax import analysis, weighting
+from mgaug_jax.types import Array, Task
 
 LINE = np.linspace(-0.25, 1.25, 31)
 TASKS, TESTS, KEY = 64, 8, 50
@@ -86,8 +88,7 @@ def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[
     step = jnp.asarray(FLAGS.steps - 1)
     k_line, k_diverse, k_sample = jax.random.split(jax.random.key(KEY), 3)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(k_sample, jnp.arange(TASKS))
-    draw = lambda key: jax.tree.map(lambda x: x[0], plain.sample(key, plain.splits["train"]))
-    tasks = jax.jit(lambda keys: jax.lax.map(draw, keys))(keys)
+    tasks = drawn(plain.sample, keys, plain.splits["train"])
     on_line = jax.jit(partial(analysis.line_losses, plain.method(step), k_line))
     diverse = jax.jit(partial(analysis.diversity, noisy.method(step), k_diverse))
     found: dict[str, Any] = {name: [] for name in NUMBERS}
@@ -115,16 +116,19 @@ def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[
     return {**found, "line": np.mean(lines, axis=0).tolist()}
 
 
+@partial(jax.jit, static_argnums=0)
+def drawn(sample, keys: Array, data: Any) -> Task:
+    """One task for every key, leading axis of all."""
+    return jax.lax.map(lambda key: jax.tree.map(lambda x: x[0], sample(key, data)), keys)
+
+
 def correlations(made: runs.Setup, base) -> dict[str, list]:
     """Per seed: correlation over training tasks of similarity and gain, mean over test tasks."""
     method = made.method(jnp.zeros((), jnp.int32))
     k_tests, k_tasks, k_probe, k_gain = jax.random.split(jax.random.key(KEY + 1), 4)
-    draw = lambda sample, split: lambda key: jax.tree.map(lambda x: x[0], sample(key, split))
-    many = lambda key, n, one: jax.jit(lambda keys: jax.lax.map(one, keys))(
-        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
-    )
-    tests = many(k_tests, TESTS, draw(made.episode, made.splits["test"]))
-    tasks = many(k_tasks, TASKS, draw(made.sample, made.splits["train"]))
+    numbered = lambda key, n: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+    tests = drawn(made.episode, numbered(k_tests, TESTS), made.splits["test"])
+    tasks = drawn(made.sample, numbered(k_tasks, TASKS), made.splits["train"])
     probe = jax.jit(partial(weighting.probe_gradients, method, k_probe))
     gain = jax.jit(partial(analysis.similarity_and_gain, method, k_gain))
     found: dict[str, list] = {"correlation": [], "similarity": [], "gain": []}

@@ -1,6 +1,6 @@
-"""What a run is made of: its configuration, its data, its method, its folder and its test.
+"""What a run is made of: its configuration, its data, its method and its test.
 
-`train`, `evaluate` and `compare` share this; it holds no flags.
+All entry points share this; it holds no flags.
 """
 
 import dataclasses

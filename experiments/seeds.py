@@ -57,7 +57,7 @@ def train(
 
         return map_tasks(method.net, one, keys, states, values)
 
-    progress = Progress(label, steps)
+    progress = Progress(label, steps, unit="steps")
     losses = []
     for done in range(0, steps, every):
         if done:
@@ -65,23 +65,35 @@ def train(
         count = min(every, steps - done)
         states, info = chunk(keys, states, values, made.splits["train"], count)
         losses.append(jax.device_get(info["query_loss"]))
-        bad = np.argwhere(~np.isfinite(losses[-1].T))
-        if bad.size:
-            progress.close()
-            step, seed = bad[0]
-            raise NotFinite(
-                f"{made.config.method}: the loss of step {done + step} with seed {seed} is not "
-                "finite. Lower a learning rate."
-            )
+        check_finite(made, losses[-1], done)
         progress.at(done + count, f"loss {losses[-1].mean():.3f}")
     progress.close()
     return states, np.concatenate(losses, axis=1)
 
 
+def check_finite(made: runs.Setup, losses: np.ndarray, first: int) -> None:
+    """Refuses losses `[seeds, steps]` that are not finite, those of the steps from `first` on.
+
+    Raises:
+      NotFinite: Some are not.
+    """
+    bad = np.argwhere(~np.isfinite(losses.T))
+    if bad.size:
+        step, seed = bad[0]
+        raise NotFinite(
+            f"{made.config.method}: the loss of step {first + step} with seed {seed} is not "
+            "finite. Lower a learning rate, or the noise."
+        )
+
+
 def measured(
     made: runs.Setup, states: meta.State, losses: np.ndarray, episodes: int
 ) -> dict[str, list[float]]:
-    """What a table shows of trained seeds: a list over seeds for each of `COLUMNS`, and `curve`."""
+    """What a table shows of trained seeds: a list over seeds for each of `COLUMNS`, and `curve`.
+
+    Raises:
+      NotFinite: A score is not.
+    """
     judge, memory = runs.evaluator(made), runs.label_memory(made)
     found: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for seed in range(len(losses)):
@@ -92,6 +104,11 @@ def measured(
         if made.permuted is not None:
             found["label_memory"].append(float(memory(params).mean()))
     found["train_loss"] = losses[:, -len(losses[0]) // 10 :].mean(1).tolist()
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise NotFinite(
+            f"{made.config.method}: after {made.config.steps} steps the test is not finite. Lower "
+            "a learning rate, or the noise."
+        )
     parts = np.array_split(losses.mean(0), min(POINTS, losses.shape[1]))
     return {**found, "curve": [float(part.mean()) for part in parts]}
 

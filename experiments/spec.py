@@ -15,8 +15,19 @@ import jax.numpy as jnp
 import optax
 
 from experiments.cli import BadInput
-from mgaug_jax import learners, methods, nets, perturb, pruning
-from mgaug_jax.checks import check_count, check_rate
+from mgaug_jax import (
+    augmentations,
+    bottleneck,
+    judging,
+    learners,
+    methods,
+    nets,
+    outer,
+    perturb,
+    pruning,
+    taml,
+)
+from mgaug_jax.checks import check_count, check_probability, check_rate, known
 from mgaug_jax.modifiers import cp, full_and_worst, pp, total, worst, wp
 from mgaug_jax.types import Array, Loss, Method, Modifier, Net
 
@@ -83,14 +94,54 @@ def _scheduled(make: Callable[..., Modifier], *arguments: str) -> Entry:
     return Entry(build, (*SUBNETS, *arguments))
 
 
-def _noise(clock: Clock, std: float, schedule=lambda clock: 1.0, **options) -> Modifier:
+CONSTANT = lambda clock: 1.0
+
+
+def _noise(clock: Clock, std: float, schedule=CONSTANT, **options) -> Modifier:
     """Sigma times what the schedule says."""
     check_rate("std", std)
-    return perturb.noise(std * schedule(clock), **options)
+    _no_clock_at_test(schedule, options)
+    return perturb.noise(0.0 if known(std) == 0 else std * schedule(clock), **options)
 
 
-def _drop_grad(clock: Clock, rate: float, ramp=lambda clock: 1.0, **options) -> Modifier:
+def _no_clock_at_test(schedule, options) -> None:
+    if options.get("site") is perturb.test and schedule not in (CONSTANT, None):
+        raise ValueError("site='test' has no meta-step that a schedule could follow; leave it out.")
+
+
+def _dsd(clock: Clock, start: int | None = None, stop: int | None = None, **options) -> Modifier:
+    """Thirds of the run unless told otherwise."""
+    start = max(1, clock.steps // 3) if start is None else start
+    stop = max(start + 1, 2 * clock.steps // 3) if stop is None else stop
+    return outer.dense_sparse_dense(step=clock.step, start=start, stop=stop, **options)
+
+
+def _rotate_classes(clock: Clock, rate: float, ramp=CONSTANT) -> Modifier:
+    check_probability("rate", rate, below_one=False)
+    return augmentations.rotate_classes(rate * ramp(clock))
+
+
+def _metamix(clock: Clock, alpha: float = 2.0) -> Modifier:
+    del clock
+    return judging.metamix(law=judging.beta_law(alpha))
+
+
+def _multi_step_loss(clock: Clock, last: float = 0.0, ramp=None) -> Modifier:
+    """`ramp='linear'` anneals to the last step's loss alone."""
+    if ramp is None:
+        return judging.multi_step_loss(last)
+    check_probability("last", last, below_one=False)
+    return judging.multi_step_loss(last + (1 - last) * ramp(clock))
+
+
+def _drop_grad(clock: Clock, rate: float, ramp=CONSTANT, **options) -> Modifier:
+    _no_clock_at_test(ramp, options)
     return perturb.drop_grad(rate, ramp=ramp(clock), **options)
+
+
+def _plain(make: Callable[..., Modifier], *arguments: str) -> Entry:
+    """A modifier that does not look at the clock."""
+    return Entry(lambda clock, **options: make(**options), arguments)
 
 
 ALGORITHMS: Mapping[str, Entry] = {
@@ -98,6 +149,7 @@ ALGORITHMS: Mapping[str, Entry] = {
     "fomaml": _gradient(methods.fomaml),
     "anil": _gradient(methods.anil),
     "meta_sgd": _gradient(methods.meta_sgd),
+    "lslr": _gradient(methods.lslr),
     "protonet": Entry(_protonet, ("forward",)),
 }
 MODIFIERS: Mapping[str, Entry] = {
@@ -106,14 +158,30 @@ MODIFIERS: Mapping[str, Entry] = {
     "cp": _scheduled(cp, "scores", "ranking", "select"),
     "noise": Entry(_noise, ("std", "site", "distribution", "relative_to", "schedule")),
     "drop_grad": Entry(_drop_grad, ("rate", "site", "factors", "ramp")),
-    "l2": Entry(lambda clock, **options: perturb.l2(**options), ("weight",)),
     "first_order": Entry(lambda clock: methods.first_order, ()),
+    "l2": _plain(outer.l2, "weight"),
+    "weight_decay": _plain(outer.weight_decay, "rate"),
+    "fresh_optimizer": Entry(lambda clock: outer.fresh_optimizer, ()),
+    "iht": Entry(
+        lambda clock, **options: outer.iterative_hard_thresholding(step=clock.step, **options),
+        ("keep", "every"),
+    ),
+    "dsd": Entry(_dsd, ("keep", "start", "stop")),
+    "taml_inequality": _plain(taml.inequality, "weight", "index"),
+    "taml_entropy": _plain(taml.entropy, "weight"),
+    "metamix": Entry(_metamix, ("alpha",)),
+    "multi_step_loss": Entry(_multi_step_loss, ("last", "ramp")),
+    "mr_weights": _plain(bottleneck.mr_weights, "beta", "blocks", "start"),
+    "shuffle_labels": _plain(augmentations.shuffle_labels),
+    "shift_targets": _plain(augmentations.shift_targets, "width"),
+    "rotate_classes": Entry(_rotate_classes, ("rate", "ramp")),
 }
 REQUIRED: Mapping[str, str] = {
     "keep": "the fraction of weights kept, as in {name}(keep=0.98)",
     "std": "the standard deviation, as in {name}(std=0.1)",
-    "rate": "the probability of dropping, as in {name}(rate=0.1)",
-    "weight": "the factor of the weights, as in {name}(weight=0.001)",
+    "rate": "a number, as in {name}(rate=0.1)",
+    "weight": "a factor, as in {name}(weight=0.001)",
+    "beta": "the weight of the divergence, as in {name}(beta=0.00001)",
 }
 NETS: Mapping[str, Entry] = {
     "conv4": Entry(nets.conv4, ("width",)),
@@ -170,12 +238,21 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "bernoulli": perturb.bernoulli_factors,
     },
     "schedule": {
-        "constant": lambda clock: 1.0,
+        "constant": CONSTANT,
         "linear": lambda clock: optax.linear_schedule(1.0, 0.0, clock.steps)(clock.step),
         "cosine": lambda clock: optax.cosine_decay_schedule(1.0, clock.steps)(clock.step),
     },
+    "index": {
+        "theil": taml.theil,
+        "mean_log_deviation": taml.generalised_entropy(0),
+        "generalised_entropy_2": taml.generalised_entropy(2),
+        "atkinson": taml.atkinson(0.5),
+        "atkinson_1": taml.atkinson(1),
+        "gini": taml.gini,
+        "log_variance": taml.log_variance,
+    },
     "ramp": {
-        "constant": lambda clock: 1.0,
+        "constant": CONSTANT,
         "linear": lambda clock: optax.linear_schedule(0.0, 1.0, clock.steps)(clock.step),
     },
 }
@@ -216,6 +293,10 @@ def modifier(text: str, clock: Clock, **fixed: Any) -> Modifier:
     _known(name, MODIFIERS, "modifier")
     if len(calls) > 1:
         raise BadInput(f"{text!r} names more than one modifier.")
+    arguments = MODIFIERS[name].arguments
+    written = {arguments[int(o)] if o.isdigit() and int(o) < len(arguments) else o for o in options}
+    if both := written & fixed.keys():
+        raise BadInput(f"{text}: leave {', '.join(sorted(both))} out, which is set elsewhere.")
     with _refusals(text):
         return _build(MODIFIERS, name, options | fixed, clock)
 
@@ -223,6 +304,8 @@ def modifier(text: str, clock: Clock, **fixed: Any) -> Modifier:
 def spans_run(text: str) -> bool:
     """Whether a spec's numbers depend on how many meta-steps the run has."""
     for name, options in _parse(text)[1:]:
+        if name == "dsd":
+            return True
         arguments = MODIFIERS[name].arguments
         for written, value in options.items():
             argument = arguments[int(written)] if written.isdigit() else written

@@ -5,14 +5,18 @@ from mgaug_jax import cp, fomaml, nets, run, sampler, trainer
 method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 """
 
-from mgaug_jax import data, episodes, losses, nets, perturb, pruning
+from mgaug_jax import data, episodes, losses, nets, outer, perturb, pruning, taml
+from mgaug_jax.augmentations import augment, rotate_classes, shift_targets, shuffle_labels
+from mgaug_jax.bottleneck import freeze, mr_weights
 from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluation import evaluate, interval
+from mgaug_jax.judging import metamix, multi_step_loss
 from mgaug_jax.learners import descend, inductive, prototypes, transductive
 from mgaug_jax.meta import State, Trainer, meta_gradient, run, subnet, trainer, view
-from mgaug_jax.methods import anil, first_order, fomaml, maml, meta_sgd, protonet
+from mgaug_jax.methods import anil, first_order, fomaml, lslr, maml, meta_sgd, protonet
 from mgaug_jax.modifiers import compose, cp, mgaug, pp, wp
-from mgaug_jax.perturb import drop_grad, l2, noise
+from mgaug_jax.outer import fresh_optimizer, l2, weight_decay
+from mgaug_jax.perturb import drop_grad, noise
 from mgaug_jax.types import (
     Examples,
     Learner,
@@ -43,6 +47,7 @@ __all__ = [
     "Trainer",
     "Views",
     "anil",
+    "augment",
     "compose",
     "cp",
     "data",
@@ -53,29 +58,41 @@ __all__ = [
     "feedback",
     "first_order",
     "fomaml",
+    "freeze",
+    "fresh_optimizer",
     "identity",
     "inductive",
     "interval",
     "l2",
     "losses",
+    "lslr",
     "maml",
     "meta_gradient",
     "meta_sgd",
+    "metamix",
     "mgaug",
+    "mr_weights",
+    "multi_step_loss",
     "nets",
     "noise",
+    "outer",
     "perturb",
     "pp",
     "probe_gradients",
     "protonet",
     "prototypes",
     "pruning",
+    "rotate_classes",
     "run",
     "sample_task",
     "sampler",
+    "shift_targets",
+    "shuffle_labels",
     "subnet",
+    "taml",
     "trainer",
     "transductive",
     "view",
+    "weight_decay",
     "wp",
 ]

@@ -42,16 +42,17 @@ def line_losses(
 
 
 def barrier(losses: Array) -> Array:
-    """How far the largest loss `[L]` lies above the straight line between its ends."""
-    straight = jnp.linspace(losses[0], losses[-1], len(losses))
-    return jnp.max(losses - straight)
+    """How far the largest loss `[L]` lies above the higher of its ends: 0 on a mere slope."""
+    return jnp.max(losses) - jnp.maximum(losses[0], losses[-1])
 
 
 class Diversity(NamedTuple):
     """How much tasks differ, and how sure the learner is, under a method's inner perturbation.
 
     Attributes:
-      spread: Total variance of the task gradients over the squared norm of their mean.
+      spread: Share of the task gradients' squared length that tasks do not share,
+        `1 - mean_{i != j} <g_i, g_j> / mean_i |g_i|^2`: 0 for equal gradients, 1 in expectation for
+        independent ones of mean 0.
       cosine: Mean cosine of two different tasks' gradients.
       entropy: Mean entropy of the query predictions after adaptation, in nats; NaN for outputs
         that are not classes.
@@ -72,13 +73,15 @@ def diversity(method: Method, key: Array, params: MetaParams, tasks: Task) -> Di
 
     grads, entropy = map_tasks(method.net, one, task_keys(key, tasks), tasks)
     count = len(entropy)
-    mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-    variance = optax.tree.norm(jax.tree.map(jnp.subtract, grads, mean), squared=True) / (count - 1)
+    pairs_of = count * (count - 1)
+    energy = optax.tree.norm(grads, squared=True)
+    total = jax.tree.map(lambda g: jnp.sum(g, axis=0), grads)
+    shared = (optax.tree.norm(total, squared=True) - energy) / pairs_of
     pairs = jax.vmap(lambda a: jax.vmap(lambda b: cosine(a, b))(grads))(grads)
     classes = tasks.query.y.shape[-1] > 1
     return Diversity(
-        spread=variance / optax.tree.norm(mean, squared=True),
-        cosine=(jnp.sum(pairs) - jnp.trace(pairs)) / (count * (count - 1)),
+        spread=1 - shared / (energy / count),
+        cosine=(jnp.sum(pairs) - jnp.trace(pairs)) / pairs_of,
         entropy=jnp.mean(entropy) if classes else jnp.full((), jnp.nan),
     )
 
@@ -110,7 +113,7 @@ def similarity_and_gain(
     Returns:
       Similarities `[T]` and gains `[T]`.
     """
-    plain = method._replace(inner=method.test)
+    plain = method._replace(inner=method.test, judge=None)
     k_tasks, k_test = jax.random.split(key)
     loss = lambda params: view(plain, k_test, params, test).loss
     before = loss(params)

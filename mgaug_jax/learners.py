@@ -5,7 +5,7 @@ gradients on their way into its optimiser (first order, noise) is handed to it a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,8 @@ def descend(
         )
         return chosen if net.mask is None else jax.tree.map(jnp.multiply, chosen, net.mask)
 
-    def adapt(key: Array, params: MetaParams, support: Examples) -> Fast:
+    def descent(key: Array, params: MetaParams, support: Examples, keep) -> tuple[Params, Any]:
+        """The last weights, and what `keep` keeps of every step's."""
         tx = inner(optax.with_extra_args_support(rule(params.extra)))
 
         def fit(theta: Params) -> Array:
@@ -108,11 +109,19 @@ def descend(
             theta, state = carry
             grads = jax.grad(fit)(theta)
             updates, state = tx.update(grads, state, theta, key=jax.random.fold_in(key, i))
-            return (optax.apply_updates(theta, moves(updates)), state), None
+            theta = optax.apply_updates(theta, moves(updates))
+            return (theta, state), keep(theta)
 
         carry = params.net, tx.init(params.net)
-        (theta, _), _ = jax.lax.scan(step, carry, jnp.arange(steps))
-        return Fast(theta, support)
+        (theta, _), kept = jax.lax.scan(step, carry, jnp.arange(steps))
+        return theta, kept
+
+    def adapt(key: Array, params: MetaParams, support: Examples) -> Fast:
+        return Fast(descent(key, params, support, lambda theta: None)[0], support)
+
+    def path(key: Array, params: MetaParams, support: Examples) -> Fast:
+        thetas = descent(key, params, support, lambda theta: theta)[1]
+        return Fast(thetas, jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), support))
 
     return Learner(
         init=init,
@@ -120,6 +129,8 @@ def descend(
         adapt=adapt,
         predict=lambda fast, x: forward(net, fast.params, fast.support, x),
         loss=loss,
+        path=path,
+        weights=lambda fast: fast.params,
     )
 
 

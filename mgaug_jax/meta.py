@@ -11,7 +11,18 @@ import optax
 from mgaug_jax.losses import accuracy
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.resize import resize_task
-from mgaug_jax.types import Array, MetaParams, Method, Net, Params, Probe, Task, Views
+from mgaug_jax.types import (
+    Array,
+    Learner,
+    MetaParams,
+    Method,
+    Net,
+    Params,
+    Probe,
+    Task,
+    Term,
+    Views,
+)
 
 Info = dict[str, Array]
 
@@ -25,8 +36,19 @@ def subnet(net: Net, mask: Params) -> Net:
         return f and (lambda params, *rest: f(jax.tree.map(jnp.multiply, params, mask), *rest))
 
     both = mask if net.mask is None else jax.tree.map(jnp.multiply, net.mask, mask)
-    apply, apply_by_first = masked(net.apply), masked(net.apply_by_first)
-    return net._replace(apply=apply, apply_by_first=apply_by_first, mask=both)
+    return net._replace(
+        apply=masked(net.apply),
+        apply_by_first=masked(net.apply_by_first),
+        part=masked(net.part),
+        mask=both,
+    )
+
+
+def adapted_loss(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
+    """The plain judge: the loss of the query, and its outputs, after adapting on the support."""
+    del net
+    outputs = learner.predict(learner.adapt(key, params, task.support), task.query.x)
+    return learner.loss(outputs, task.query.y), outputs
 
 
 class View(NamedTuple):
@@ -46,16 +68,12 @@ class View(NamedTuple):
 def view(
     method: Method, key: Array, params: MetaParams, task: Task, mask: Params | None = None
 ) -> View:
-    """Adapts the network (masked by `mask`, if given) on the support and scores it on the query."""
+    """Adapts the network (masked by `mask`, if given) on the support and judges it on the query."""
     net = method.net if mask is None else subnet(method.net, mask)
     learner = method.algorithm(net, method.inner)
-
-    def query_loss(params: MetaParams) -> tuple[Array, Array]:
-        fast = learner.adapt(key, params, task.support)
-        logits = learner.predict(fast, task.query.x)
-        return learner.loss(logits, task.query.y), logits
-
-    (loss, logits), grads = jax.value_and_grad(query_loss, has_aux=True)(params)
+    judge = method.judge or adapted_loss
+    outer_loss = lambda params: judge(key, net, learner, params, task)
+    (loss, logits), grads = jax.value_and_grad(outer_loss, has_aux=True)(params)
     return View(loss, logits, grads)
 
 
@@ -74,7 +92,7 @@ def meta_gradient(
     method: Method, key: Array, params: MetaParams, tasks: Task
 ) -> tuple[MetaParams, Info]:
     """Gradient of `method.reduce` over tasks of `views.reduce` over networks (Eq. 7), every task's
-    part times what `method.weigh` makes of them.
+    part times what `method.weigh` makes of them; plus the gradients of `method.terms`.
 
     Every view's gradient is taken on its own; the reductions then weigh them by their derivative
     with respect to the losses, which is the chain rule: sum, mean, maximum or anything else.
@@ -89,6 +107,11 @@ def meta_gradient(
       The gradient, and the step's info: `loss`, the objective; `query_loss` and, where `y` has
       more than one column, `accuracy` of the full networks after adaptation, means over tasks.
     """
+    if method.augment is not None:
+        key, k_augment = jax.random.split(key)
+        tasks = jax.vmap(method.augment)(task_keys(k_augment, tasks), tasks)
+    if method.terms:
+        key, k_terms = jax.random.split(key)
     k_inner, k_masks, k_views = jax.random.split(key, 3)
     views = method.views
 
@@ -131,7 +154,24 @@ def meta_gradient(
         grads, loss = augmented(views)
     else:
         grads, loss = jax.lax.cond(views.active, lambda: augmented(views), plain)
+    for i, term in enumerate(method.terms):
+        value, more = _term(method, term, jax.random.fold_in(k_terms, i), params, tasks)
+        loss, grads = loss + value, jax.tree.map(jnp.add, grads, more)
     return grads, {"loss": loss, **jax.tree.map(jnp.mean, info)}
+
+
+def _term(
+    method: Method, term: Term, key: Array, params: MetaParams, tasks: Task
+) -> tuple[Array, MetaParams]:
+    """A term of the objective and its gradient, by the chain rule through its values."""
+    learner = method.algorithm(method.net, method.inner)
+
+    def one(key: Array, task: Task):
+        return jax.value_and_grad(lambda params: term.measure(key, learner, params, task))(params)
+
+    values, grads = map_tasks(method.net, one, task_keys(key, tasks), tasks)
+    value, weights = jax.value_and_grad(term.combine)(values)
+    return value, jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=1), grads)
 
 
 def _pruned_views(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_rate
+from mgaug_jax.checks import check_count, check_rate
 from mgaug_jax.learners import Forward, descend, prototypes, transductive
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.perturb import before
@@ -103,6 +103,36 @@ def meta_sgd(
     def rule(extra):
         scaled = lambda updates, _: jax.tree.map(lambda u, a: -a * u, updates, extra["lr"])
         return optax.stateless(scaled)
+
+    return _gradient_method(net, steps, rule, loss, forward, extra=rates)
+
+
+def lslr(
+    net: Net,
+    *,
+    lr: float | Array = 0.01,
+    steps: int = 5,
+    loss: Loss = cross_entropy,
+    forward: Forward = transductive,
+) -> Method:
+    """MAML with a learned rate per leaf and inner step (MAML++, Antoniou et al. 2019), in
+    `params.extra["lr"]`, leaves `[steps]`, all `lr` at first. Second order.
+
+    Raises:
+      ValueError: As `maml`.
+    """
+    check_rate("lr", lr)
+    check_count("steps", steps)
+
+    def rates(params: Params) -> dict[str, Params]:
+        return {"lr": jax.tree.map(lambda leaf: jnp.full(steps, lr, leaf.dtype), params)}
+
+    def rule(extra) -> optax.GradientTransformation:
+        def update(updates, state, params=None):
+            del params
+            return jax.tree.map(lambda u, a: -a[state] * u, updates, extra["lr"]), state + 1
+
+        return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
     return _gradient_method(net, steps, rule, loss, forward, extra=rates)
 

@@ -1,4 +1,4 @@
-"""Gradient perturbation (Gogoi, Tiwari, Verma 2024): noise, DropGrad and L2 on the way to a rule.
+"""Gradient perturbation (Gogoi, Tiwari, Verma 2024): noise and DropGrad on the way to a rule.
 
 A perturbation is a pure function `(key, gradients, weights) -> gradients`. A *site* says where a
 method applies it: `inner`, `inner_update`, `outer`, `outer_update` or `test`. Every task, inner
@@ -16,12 +16,10 @@ import optax
 from mgaug_jax.checks import check_probability, check_rate, known
 from mgaug_jax.types import (
     Array,
-    MetaParams,
     Method,
     Modifier,
     Params,
     Perturb,
-    Role,
     Transform,
     Wrap,
 )
@@ -81,7 +79,8 @@ def _site(slot: str, place: Callable[[Wrap, Perturb], Wrap]) -> Site:
 
 def _at(site: Site, perturb: Perturb, nothing: bool) -> Modifier:
     """The perturbation at its site. One that is known to do `nothing` is left out, since a compiler
-    may round even `g + 0` otherwise, by contracting it with what stands beside it.
+    may round even `g + 0` otherwise, by contracting it with what stands beside it. What is left out
+    draws no key, so that a number known here and traced there means other draws for the rest.
     """
 
     def modify(method: Method) -> Method:
@@ -214,9 +213,10 @@ def by_memory(std: float | Array, gains: Array, factor: float | Array) -> Array:
 
     `std * factor ** clip(z / 2 - 1, -1, 1)`, z the mean of the gains over its standard error: sigma
     grows where memory is told from none (z above 2) and shrinks where it is not. A rule of ours:
-    which sigma to take is an open question of the source. Noise keeps memory from being built and
-    hardly undoes it, so start with more noise than is needed, and let sigma move more slowly than
-    training does.
+    which sigma to take is an open question of the source. On one-hot sinusoids we found that outer
+    noise keeps memory from being built and hardly undoes it, so start with more noise than is
+    needed, and let sigma move more slowly than training does. Where nothing is learned without
+    memory the rule ends learning too.
 
     Args:
       std: sigma so far.
@@ -273,30 +273,3 @@ def drop_grad(
         return jax.tree.map(jnp.multiply, grads, optax.tree.random_like(key, grads, draw))
 
     return _at(site, perturb, known(rate) == 0 or known(ramp) == 0)
-
-
-# --- L2 -------------------------------------------------------------------------------------
-
-
-def l2(weight: float | Array, *, leaves: Callable[[Role], bool] = lambda role: True) -> Modifier:
-    """Coupled L2: `g + weight w` before the outer optimiser, the control of every comparison.
-
-    Args:
-      weight: 0 changes nothing; may be traced.
-      leaves: Which of the network's leaves are pulled, by their roles.
-
-    Raises:
-      ValueError: `weight` is negative or not a number.
-    """
-    check_rate("weight", weight)
-
-    def modify(method: Method) -> Method:
-        def perturb(key: Array, grads: MetaParams, params: MetaParams) -> MetaParams:
-            del key
-            pull = lambda role, g, w: g + jnp.asarray(weight, g.dtype) * w if leaves(role) else g
-            net = jax.tree.map(pull, method.net.roles, grads.net, params.net)
-            return grads._replace(net=net)
-
-        return method if known(weight) == 0 else outer(method, perturb)
-
-    return modify

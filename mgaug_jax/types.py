@@ -52,6 +52,8 @@ class Role:
     """Axis that holds the output channels of a hidden layer, which width pruning (WP) narrows."""
     head: bool = False
     """Belongs to the last layer."""
+    block: int | None = None
+    """Which of the network's blocks holds it, the head in the last; None: the net names none."""
 
 
 class Net(NamedTuple):
@@ -64,6 +66,9 @@ class Net(NamedTuple):
       apply_by_first: `(params, x, m) -> outputs [n, d]`, batch norm taking its statistics from the
         first `m` examples alone; None for a network that cannot.
       mask: Of a sub-network: 0 for every weight it lacks, which no inner loop moves; None: whole.
+      depth: Number of blocks; 0 for a network that names none.
+      part: `(params, h, first, last) -> h`, the blocks from `first` up to, not including, `last`:
+        `part(params, x, 0, depth)` is `apply`; None for a network that names none.
     """
 
     init: Callable[[Array], Params]
@@ -71,6 +76,8 @@ class Net(NamedTuple):
     roles: Any
     apply_by_first: Callable[[Params, Array, int], Array] | None = None
     mask: Params | None = None
+    depth: int = 0
+    part: Callable[[Params, Array, int, int], Array] | None = None
 
 
 class MetaParams(NamedTuple):
@@ -89,6 +96,9 @@ class Learner(NamedTuple):
       adapt: `(key, params, support) -> fast`, the learner after its last.
       predict: `(fast, x [n, ...]) -> outputs [n, d]`.
       loss: Compares outputs with `y`, in the inner and the outer loop.
+      path: As `adapt`, but the learner after every inner step, leading axis `steps`; None without
+        inner steps.
+      weights: `fast -> params` of the adapted network, where predictions are its outputs.
     """
 
     init: Callable[[Array], MetaParams]
@@ -96,6 +106,8 @@ class Learner(NamedTuple):
     adapt: Callable[[Array, MetaParams, Examples], Any]
     predict: Callable[[Any, Array], Array]
     loss: Loss
+    path: Callable[[Array, MetaParams, Examples], Any] | None = None
+    weights: Callable[[Any], Params] | None = None
 
 
 Algorithm = Callable[[Net, Wrap], Learner]
@@ -137,6 +149,22 @@ class Views(NamedTuple):
     active: bool | Array
 
 
+Judge = Callable[[Array, Net, Learner, MetaParams, Task], tuple[Array, Array]]
+"""`(key, net, learner, params, task) -> (outer loss, query outputs [n, d])`; it adapts itself."""
+
+
+class Term(NamedTuple):
+    """A term of the objective that is made of one number per task, of the full network alone.
+
+    Attributes:
+      measure: `(key, learner, params, task) -> scalar`.
+      combine: `values [T] -> scalar`, what is added to the objective.
+    """
+
+    measure: Callable[[Array, Learner, MetaParams, Task], Array]
+    combine: Callable[[Array], Array]
+
+
 class Method(NamedTuple):
     """A meta-learning method: a network, an inner loop, and what modifies its gradients.
 
@@ -150,6 +178,10 @@ class Method(NamedTuple):
       test: Around the inner optimiser at meta-test.
       weigh: `task gradients [T, ...] -> weights [T]` in the meta-gradient, of which they are the
         addends (1/T included); None: equal.
+      augment: `(key, task) -> task`, what is done to a training task before it is used.
+      judge: Makes the outer loss of a task, for the full network and every view; None: the loss of
+        the query after the last inner step.
+      terms: What else the objective is made of.
     """
 
     net: Net
@@ -160,6 +192,9 @@ class Method(NamedTuple):
     outer: Wrap = identity
     test: Wrap = identity
     weigh: Callable[[MetaParams], Array] | None = None
+    augment: Callable[[Array, Task], Task] | None = None
+    judge: Judge | None = None
+    terms: tuple[Term, ...] = ()
 
 
 Modifier = Callable[[Method], Method]

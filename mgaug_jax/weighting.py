@@ -3,8 +3,8 @@
 The gradients of test tasks are stored; training tasks whose gradients point the same way weigh more
 in the meta-gradient. The source says no more than that, so all else is our reading: cosine of the
 whole flattened gradients, weights of mean 1, gradients of the adapted network on the *support* set
-of the test task. A test task's query labels are what it is judged by: `on_query` uses them, and is
-a leak.
+of the test task: its meta-gradient, through the inner loop for second-order methods. A test task's
+query labels are what it is judged by: `on_query` uses them, and is a leak.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def probe_gradients(
       tasks: Leaves `[P, ...]`.
       judge: `on_support`, or `on_query` (a leak).
     """
-    plain = method._replace(inner=method.test)
+    plain = method._replace(inner=method.test, judge=None)
 
     def one(key: Array, task: Task) -> MetaParams:
         return view(plain, key, params, judge(task)).grads
@@ -103,7 +103,9 @@ def feedback(
     """
     weights = weights or softmax_weights()
 
-    def weigh(task_gradients: MetaParams) -> Array:
+    def weigh(addends: MetaParams) -> Array:
+        task_gradients = jax.tree.map(lambda leaf: len(leaf) * leaf, addends)
+
         def one(test_gradient: MetaParams) -> Array:
             return weights(jax.vmap(lambda g: similarity(g, test_gradient))(task_gradients))
 

@@ -50,10 +50,12 @@ def test_line_losses_are_losses_after_unperturbed_adaptation(x64):
         np.testing.assert_allclose(got[i], np.mean(losses), rtol=1e-9)
 
 
-def test_a_barrier_is_what_rises_above_the_straight_line(x64):
+def test_a_barrier_is_what_rises_above_both_ends(x64):
     x = jnp.linspace(0, 1, 101)
     np.testing.assert_allclose(analysis.barrier(3 * x + 2), 0, atol=1e-12)
-    np.testing.assert_allclose(analysis.barrier(x + 4 * x * (1 - x)), 1, rtol=1e-12)
+    hill = 8 * x * (1 - x)  # 2 in the middle, and the slope moves its top
+    np.testing.assert_allclose(analysis.barrier(hill), 2, rtol=1e-12)
+    np.testing.assert_allclose(analysis.barrier(x + hill), 81 / 32 - 1, rtol=1e-4)
     assert analysis.barrier(x**2) <= 1e-12
 
 
@@ -77,8 +79,8 @@ def test_diversity_equals_numpy(x64):
     got = jax.jit(partial(analysis.diversity, method))(jax.random.key(0), params, tasks)
     seen = [view(method, jax.random.key(5), params, row(tasks, t)) for t in range(3)]
     g = np.stack([flat(v.grads) for v in seen])
-    mean = g.mean(0)
-    np.testing.assert_allclose(got.spread, g.var(0, ddof=1).sum() / (mean @ mean), rtol=1e-9)
+    shared = np.mean([g[i] @ g[j] for i in range(3) for j in range(3) if i != j])
+    np.testing.assert_allclose(got.spread, 1 - shared / (g * g).sum(1).mean(), rtol=1e-9)
     unit = g / np.linalg.norm(g, axis=1, keepdims=True)
     pairs = [unit[i] @ unit[j] for i in range(3) for j in range(3) if i != j]
     np.testing.assert_allclose(got.cosine, np.mean(pairs), rtol=1e-9)
@@ -91,9 +93,25 @@ def test_noise_spreads_the_gradients_of_one_task_repeated(x64):
     params, tasks = problem(method)
     same = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), tasks)
     go = lambda m: analysis.diversity(m, jax.random.key(0), params, same)
-    assert go(method).spread < 1e-20
+    assert abs(go(method).spread) < 1e-12
     spreads = [float(go(noise(std)(method)).spread) for std in (0.01, 0.1, 1.0)]
-    assert 1e-8 < spreads[0] < spreads[1] < spreads[2]
+    assert 1e-8 < spreads[0] < spreads[1] < spreads[2] < 1.2
+
+
+@pytest.mark.parametrize("tasks", [4, 64])
+def test_gradients_without_a_common_part_have_spread_one(x64, tasks):
+    """Outputs `x w`, inputs of mean 0: the gradient at w = 0 is `-2 x y`."""
+    net = nets.from_functions(lambda key: {"w": jnp.zeros((50, 1))}, lambda p, x: x @ p["w"])
+    method = maml(net, lr=0.0, steps=1, loss=squared_error)
+    rng = np.random.default_rng(0)
+    part = Examples(jnp.asarray(rng.normal(size=(tasks, 1, 50))), jnp.ones((tasks, 1, 1)))
+    params = MetaParams({"w": jnp.zeros((50, 1))}, {})
+    got = analysis.diversity(method, jax.random.key(0), params, Task(part, part))
+    assert abs(got.spread - 1) < 4 * (2 / 50 / tasks / (tasks - 1)) ** 0.5
+
+
+def test_a_slope_is_no_barrier():
+    assert analysis.barrier(jnp.sqrt(jnp.linspace(0, 1, 20))) == 0
 
 
 def test_regression_has_no_entropy(x64):

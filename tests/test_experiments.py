@@ -279,10 +279,11 @@ def problem(way=3):
 @pytest.mark.parametrize("algorithm", spec.ALGORITHMS)
 @pytest.mark.parametrize("modifier", ["", *spec.MODIFIERS])
 def test_every_algorithm_takes_every_modifier(algorithm, modifier):
-    argument = "" if modifier == "first_order" else "0.9"
-    text = f"{algorithm}|{modifier}({argument})" if modifier else algorithm
-    if algorithm == "protonet" and modifier in {"noise", "drop_grad", "first_order"}:
-        with pytest.raises(cli.BadInput, match="protonet has no inner loop"):
+    bare = modifier in {"first_order", "fresh_optimizer", "shuffle_labels"}
+    text = f"{algorithm}|{modifier}({'' if bare else 0.9})" if modifier else algorithm
+    inner = {"noise", "drop_grad", "first_order", "metamix", "multi_step_loss", "mr_weights"}
+    if algorithm == "protonet" and modifier in inner:
+        with pytest.raises(cli.BadInput, match="protonet"):
             spec.method(text, problem())
         return
     method = spec.method(text, problem())(0)

@@ -323,13 +323,13 @@ def test_an_outer_update_is_perturbed_behind_the_optimiser(x64):
 
 @pytest.mark.parametrize("site", ["inner", "inner_update"])
 def test_through_a_meta_step_no_task_step_leaf_or_sub_network_shares_a_draw(site):
-    """Every inner loop of a meta-step records what was drawn: no two entries are ever equal."""
+    """Every inner loop of a meta-step records what was drawn, leaf by leaf."""
     seen = []
 
     def spy(key, grads, weights):
         drawn = optax.tree.random_like(key, grads, jax.random.normal)
         jax.debug.callback(
-            lambda *leaves: seen.append(np.concatenate([np.ravel(x) for x in leaves])),
+            lambda *leaves: seen.extend(np.ravel(leaf) for leaf in leaves),
             *jax.tree.leaves(drawn),
         )
         return jax.tree.map(jnp.add, grads, drawn)
@@ -340,12 +340,12 @@ def test_through_a_meta_step_no_task_step_leaf_or_sub_network_shares_a_draw(site
     params = method.algorithm(method.net, method.inner).init(jax.random.key(0))
     jax.block_until_ready(jax.jit(partial(meta_gradient, method))(jax.random.key(0), params, tasks))
     jax.effects_barrier()
-    size = sum(leaf.size for leaf in jax.tree.leaves(params.net))
-    assert len(seen) == (1 + subnets) * count * steps
-    assert all(len(draws) == size for draws in seen)
-    flat = np.concatenate(seen)
-    # float32 normals have 2^23 values: a few coincide by chance, a shared draw is one of `size`
-    assert len(np.unique(flat)) > len(flat) - size / 2
+    leaves = jax.tree.leaves(params.net)
+    assert len(seen) == (1 + subnets) * count * steps * len(leaves)
+    # whatever their sizes, the first three entries of two draws are equal only if the draws are
+    starts = np.sort(np.stack([draw[:3] for draw in seen]), axis=0)
+    assert (np.diff(starts, axis=0) == 0).sum() < 5  # of 23 bits, a few coincide by chance
+    assert len({draw[:3].tobytes() for draw in seen}) == len(seen)
 
 
 # --- choosing sigma ------------------------------------------------------------------------------

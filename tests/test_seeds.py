@@ -128,21 +128,31 @@ def test_feedback_from_scratch_stores_the_gradients_of_the_trained_network(tmp_p
     assert short["feedback"] != long["feedback"]
 
 
-@pytest.mark.parametrize("module", ["feedback", "grid", "mechanism"])
+@pytest.mark.parametrize("module", ["feedback", "grid", "mechanism", "adapt_noise"])
 def test_a_loss_that_is_not_finite_ends_with_3(tmp_path, module):
     wild = "maml(lr=1e30,steps=2)"
     method = {"grid": f"--methods=maml;{wild}"}.get(module, f"--method={wild}")
-    finished = run(module, *SINES, method, f"--out={tmp_path}")
+    turns = ("--every=2",) if module == "adapt_noise" else ()
+    finished = run(module, *SINES, method, *turns, f"--out={tmp_path}")
     assert finished.returncode == 3, finished.stderr
-    assert "is not finite. Lower a learning rate." in finished.stderr
+    assert "is not finite. Lower a learning rate" in finished.stderr
     if module == "grid":  # the other row is kept
         assert list(json.loads((tmp_path / "grid.json").read_text())["rows"]) == ["maml"]
 
 
-@pytest.mark.parametrize("module", ["feedback", "grid", "mechanism"])
+@pytest.mark.parametrize("module", ["feedback", "grid"])
+def test_a_step_too_far_in_the_outer_loop_ends_with_3(tmp_path, module):
+    """The losses are finite up to the last step, which leaves parameters that are not."""
+    method = "--methods=maml" if module == "grid" else "--method=maml"
+    finished = run(module, *SINES, "--steps=1", "--outer_lr=1e30", method, f"--out={tmp_path}")
+    assert finished.returncode == 3, finished.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("module", ["feedback", "grid", "mechanism", "adapt_noise"])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, module):
     (tmp_path / "file").write_text("")
-    extra = ("--methods=maml",) if module == "grid" else ()
+    extra = {"grid": ("--methods=maml",), "adapt_noise": ("--every=2",)}.get(module, ())
     assert "cannot write to" in refused(module, *SINES, *extra, f"--out={tmp_path / 'file'}")
     assert "--out is missing" in refused(module, *SINES, *extra)
 
@@ -155,6 +165,10 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, module):
         (("--temperature=0",), "temperature=0.0 was asked for"),
         (("--probes=0",), "--probes=0 must be 1 or more"),
         (("--refresh=300",), "--refresh=300 must be from 0 to --retrain_steps"),
+        (("--judge=both",), "--judge=both is none of support, query"),
+        (("--begin=anew",), "--begin=anew is none of trained, scratch"),
+        (("--tasks=1",), "--tasks=1 leaves nothing to weigh"),
+        (("--outlier", "--shot=1"), "--outlier with --shot=1 only renames the classes"),
     ],
 )
 def test_feedback_refuses_with_a_sentence(tmp_path, arguments, says):
@@ -172,11 +186,16 @@ def test_adapted_noise_grows_with_memory_and_starts_from_the_plain_method(tmp_pa
     ratios = stds[1:] / stds[:-1]
     assert (ratios < largest * 1.001).all()
     assert (ratios > 0.999 / largest).all()
-    assert (ratios != 1).any()
+    # a network that memorises gets more noise, one that noise keeps from learning gets less
+    learns = ("--net=mlp", "--outer_lr=0.01", "--steps=900", "--every=300", "--begin=0.001")
+    for more, grows in ((learns, True), (("--steps=120", "--every=60", "--begin=1e6"), False)):
+        done("adapt_noise", *arguments, *more, "--episodes=6", f"--out={tmp_path}")
+        stds = np.array(json.loads((tmp_path / "adapt_noise.json").read_text())["stds"])
+        assert ((stds[-1] > stds[-2]) == grows).all()
     rows = found["rows"]
     assert rows["adapted"]["adapted"] != rows["plain"]["adapted"]
     # a std of next to nothing for one turn: the plain method's seeds, tasks and test
-    tiny = ("--begin=1e-30", "--every=120")
+    tiny = ("--begin=1e-30", "--every=119", "--reach=1.1")
     done("adapt_noise", *arguments, *tiny, "--episodes=6", f"--out={tmp_path}")
     rows = json.loads((tmp_path / "adapt_noise.json").read_text())["rows"]
     assert rows["adapted"]["adapted"] == pytest.approx(rows["plain"]["adapted"], rel=1e-4)
@@ -187,6 +206,13 @@ def test_adapted_noise_grows_with_memory_and_starts_from_the_plain_method(tmp_pa
     [
         (("--labels=exclusive",), "nothing that could be memorised by name"),
         (("--noise=l2()|l2()",), "names more than one modifier"),
+        (("--noise=noise(std=7)",), "leave std out, which is set elsewhere"),
+        (("--noise=noise(7)",), "leave std out, which is set elsewhere"),
+        (("--noise=noise(schedule='linear')",), "has two masters"),
+        (("--method=protonet()",), "protonet needs classes"),
+        (("--noise=noise(site='test',schedule='linear')",), "has two masters"),
+        (("--every=4",), "--every=4 leaves no turn in --steps=4"),
+        (("--begin=1e300",), "--begin=1e+300 must be a positive number below 1e30"),
         (("--noise=cp(keep=0.5)",), "cp takes no argument 'std'"),
         (("--begin=0",), "--begin=0.0 must be a positive number"),
         (("--reach=1",), "--reach=1.0 must be a number above 1"),
@@ -194,7 +220,8 @@ def test_adapted_noise_grows_with_memory_and_starts_from_the_plain_method(tmp_pa
 )
 def test_adapted_noise_refuses_with_a_sentence(tmp_path, arguments, says):
     method = "--method=maml(lr=0.01,steps=1)"
-    assert says in refused("adapt_noise", *SINES, method, f"--out={tmp_path}", *arguments)
+    base = (*SINES, method, "--every=2", f"--out={tmp_path}")
+    assert says in refused("adapt_noise", *base, *arguments)
 
 
 def test_mechanism_measures_everything(tmp_path):

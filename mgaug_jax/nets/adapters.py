@@ -1,6 +1,7 @@
 """A user's own model as a `Net`: from Linen, from NNX, or from plain functions."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,10 +82,12 @@ def net_of(
     shape: tuple[int, ...],
     roles: Callable[[Params], Any],
     by_first: Callable[[int], nn.Module] | None = None,
+    depth: int = 0,
 ) -> Net:
     """A `Net` of a Linen module with the roles `roles(shapes of params)`.
 
-    `by_first(m)` is the same module taking its batch statistics from the first `m` examples.
+    `by_first(m)` is the same module taking its batch statistics from the first `m` examples. A
+    module of `depth` blocks is called as `module(h, first, last)` for some of them.
     """
     example = jnp.zeros((2, *shape))
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)
@@ -93,10 +96,10 @@ def net_of(
         made = jax.jit(module.init)(jax.random.key(0), example)
         rest = {name: made[name] for name in made if name != "params"}
 
-    def call(module: nn.Module, params: Params, x: Array) -> Any:
+    def call(module: nn.Module, params: Params, x: Array, *blocks: int) -> Any:
         if not rest:
-            return module.apply({"params": params}, x)
-        outputs, _ = module.apply({"params": params, **rest}, x, mutable=list(rest))
+            return module.apply({"params": params}, x, *blocks)
+        outputs, _ = module.apply({"params": params, **rest}, x, *blocks, mutable=list(rest))
         return outputs
 
     return Net(
@@ -105,6 +108,8 @@ def net_of(
         apply=lambda params, x: call(module, params, x),
         roles=roles(shapes["params"]),
         apply_by_first=by_first and (lambda params, x, m: call(by_first(m), params, x)),
+        depth=depth,
+        part=partial(call, module) if depth else None,
     )
 
 

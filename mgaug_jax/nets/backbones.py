@@ -1,6 +1,8 @@
 """The papers' networks: Conv-4, ResNet-10, ResNet-18, and the regression MLP."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +24,15 @@ class ConvNet(nn.Module):
     first: int | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.depth):
+    def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
+        stop = self.depth if stop is None else stop
+        for i in range(start, stop):
             x = Conv(self.width, name=f"conv{i}")(x)
             x = BatchNorm(self.first, name=f"norm{i}")(x)
             # max and ReLU commute, and the ReLU is cheaper on a quarter of the map
             x = nn.relu(lowering.max_pool(x))
+        if stop < self.depth:
+            return x
         # Channels first, as PyTorch flattens: `Dense` on a smaller map then takes the rows that
         # the released code takes.
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
@@ -82,26 +87,39 @@ class ResNet(nn.Module):
     first: int | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = Conv(64, 7, 2, False, normal_fan_out, name="conv")(x)
-        x = nn.relu(BatchNorm(self.first, name="norm")(x))
-        x = lowering.max_pool_3x3(x)
-        for stage in range(4):
+    def __call__(self, x: Array, start: int = 0, stop: int = 4) -> Array:
+        if start == 0:
+            x = Conv(64, 7, 2, False, normal_fan_out, name="conv")(x)
+            x = nn.relu(BatchNorm(self.first, name="norm")(x))
+            x = lowering.max_pool_3x3(x)
+        for stage in range(start, stop):
             for block in range(self.blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage}_block{block}"
                 x = BasicBlock(64 * 2**stage, stride, self.first, name=name)(x)
+        if stop < 4:
+            return x
         x = self.pool(x)
         return x if self.way is None else Dense(self.way, name="head")(x)
 
 
 def conv_roles(params) -> dict:
     """Conv kernels prunable, their outputs, biases and norms narrowed by width, `head` apart."""
+    return _roles(params, prunable=4)
+
+
+def _roles(params, prunable: int) -> dict:
+    """Roles of layers that are named by their kind and block: conv0, stage2_block1, dense1, head.
+
+    Kernels with `prunable` axes may be pruned; "conv" and "norm" alone are a stem, in block 0.
+    """
+    blocks = {name: int((re.findall(r"\d+", name) or ["0"])[0]) for name in params}
 
     def role(path, leaf) -> Role:
-        if path[0].key == "head":
-            return Role(head=True)
-        return Role(prunable=leaf.ndim == 4, width=leaf.ndim - 1)
+        name = path[0].key
+        if name == "head":
+            return Role(head=True, block=max(blocks.values()))
+        return Role(leaf.ndim == prunable, leaf.ndim - 1, block=blocks[name])
 
     return jax.tree_util.tree_map_with_path(role, params)
 
@@ -134,7 +152,7 @@ def conv4(
             "Use images of at least 16x16."
         )
     module = ConvNet(way, width, depth=4)
-    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m))
+    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
 
 
 def resnet10(
@@ -164,7 +182,7 @@ def _resnet(way, blocks, image, pool) -> Net:
     if way is not None:
         check_count("way", way)
     module = ResNet(way, blocks, pool)
-    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m))
+    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
 
 
 class Perceptron(nn.Module):
@@ -174,10 +192,11 @@ class Perceptron(nn.Module):
     outputs: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i, width in enumerate(self.hidden):
-            x = nn.relu(Dense(width, name=f"dense{i}")(x))
-        return Dense(self.outputs, name="head")(x)
+    def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
+        stop = len(self.hidden) if stop is None else stop
+        for i in range(start, stop):
+            x = nn.relu(Dense(self.hidden[i], name=f"dense{i}")(x))
+        return x if stop < len(self.hidden) else Dense(self.outputs, name="head")(x)
 
 
 def mlp(hidden: tuple[int, ...] = (40, 40), *, inputs: int = 1, outputs: int = 1) -> Net:
@@ -190,13 +209,5 @@ def mlp(hidden: tuple[int, ...] = (40, 40), *, inputs: int = 1, outputs: int = 1
         raise ValueError(f"hidden={hidden!r} must be a tuple of layer widths, as in (40, 40).")
     for width in hidden:
         check_count("a width in hidden", width)
-
-    def roles(params):
-        def role(path, leaf) -> Role:
-            if path[0].key == "head":
-                return Role(head=True)
-            return Role(prunable=leaf.ndim == 2, width=leaf.ndim - 1)
-
-        return jax.tree_util.tree_map_with_path(role, params)
-
-    return net_of(Perceptron(tuple(hidden), outputs), (inputs,), roles)
+    module = Perceptron(tuple(hidden), outputs)
+    return net_of(module, (inputs,), partial(_roles, prunable=2), depth=len(hidden))

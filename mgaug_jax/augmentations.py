@@ -1,0 +1,100 @@
+"""What is done to training tasks before they are used: new classes, new labels, new targets.
+
+`key, task -> task` functions that see one task; every task has its own key. They apply from left to
+right and reach the full network and every sub-network alike. Tests are never augmented.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mgaug_jax.checks import check_positive, check_probability
+from mgaug_jax.types import Array, Method, Modifier, Task
+
+
+def augment(change: Callable[[Array, Task], Task]) -> Modifier:
+    """Training tasks become `change(key, task)`, after whatever changes them already."""
+
+    def modify(method: Method) -> Method:
+        before = method.augment
+        if before is None:
+            return method._replace(augment=change)
+
+        def both(key: Array, task: Task) -> Task:
+            k_before, k_change = jax.random.split(key)
+            return change(k_change, before(k_before, task))
+
+        return method._replace(augment=both)
+
+    return modify
+
+
+def shuffle_labels() -> Modifier:
+    """The labels of every task in random order, the same in support and query: meta-augmentation's
+    "intrashuffle" on fixed groups (Rajendran et al. 2020), mutual exclusion on fixed labels.
+    """
+
+    def change(key: Array, task: Task) -> Task:
+        order = jax.random.permutation(key, task.support.y.shape[-1])
+        return Task(*(part._replace(y=part.y[:, order]) for part in task))
+
+    return augment(change)
+
+
+def shift_targets(width: float | Array = 1.0) -> Modifier:
+    """Regression targets of every task plus one draw of U(-width, width): meta-augmentation's
+    "uniform noise".
+
+    Raises:
+      ValueError: `width` is not a number above 0.
+    """
+    check_positive("width", width)
+
+    def change(key: Array, task: Task) -> Task:
+        d = task.support.y.shape[-1]
+        shift = jax.random.uniform(key, (d,), task.support.y.dtype, -width, width)
+        return Task(*(part._replace(y=part.y + shift) for part in task))
+
+    return augment(change)
+
+
+def rotate_classes(rate: float | Array) -> Modifier:
+    """TaskAug (Liu et al. 2020): a class turned by 90, 180 or 270 degrees is a new class.
+
+    Every class of a task is a turned one with probability `rate`, all its images by the same angle,
+    so that the number of new classes is Binomial(W, rate) as in the source. There a class may be
+    in a task twice, plain and turned, which here it is not.
+
+    Args:
+      rate: .25 for mini-ImageNet, .5 for CIFAR-FS; 3/4 makes all four angles alike. May be traced,
+        so that it can grow from 0 as in the source (over 80,000 steps).
+
+    Raises:
+      ValueError: `rate` is outside [0, 1], or (at the first step) the images are not square.
+    """
+    check_probability("rate", rate, below_one=False)
+
+    def change(key: Array, task: Task) -> Task:
+        k_new, k_turns = jax.random.split(key)
+        way = task.support.y.shape[-1]
+        new = jax.random.bernoulli(k_new, rate, (way,))
+        turns = jnp.where(new, jax.random.randint(k_turns, (way,), 1, 4), 0)
+        turned = lambda part: part._replace(x=turn(part.x, turns[jnp.argmax(part.y, axis=-1)]))
+        return Task(*(turned(part) for part in task))
+
+    return augment(change)
+
+
+def turn(x: Array, turns: Array) -> Array:
+    """Images `[n, h, h, c]`, each turned by `turns [n]` times 90 degrees.
+
+    Raises:
+      ValueError: They are not square images.
+    """
+    if x.ndim != 4 or x.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"Classes were to be turned, but examples of shape {x.shape[1:]} are not square images."
+        )
+    each = jnp.stack([jnp.rot90(x, k, axes=(1, 2)) for k in range(4)])
+    return each[turns, jnp.arange(len(x))]

@@ -1,0 +1,128 @@
+"""TAML (Jamal, Qi 2019): an initial network that favours no task.
+
+Either its predictions are unsure before adaptation and sure after it (entropy), or its losses on
+the tasks of a batch are alike (inequality, by indices from economics). Both concern the full
+network before its first inner step; sub-networks take no part. The source was not at hand: that
+losses and predictions are those of the query is our reading, and so is the default index (Theil).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mgaug_jax.checks import check_rate, known
+from mgaug_jax.types import Array, Learner, MetaParams, Method, Modifier, Task, Term
+
+Index = Callable[[Array], Array]
+"""`losses [T] -> scalar`: 0 where all are equal, and the same at any scale."""
+LEAST = 1e-6
+"""Losses are clamped to at least this."""
+
+
+# --- indices --------------------------------------------------------------------------------
+
+
+def generalised_entropy(a: float) -> Index:
+    """`GE(a) = mean((l / mean l)^a - 1) / (a (a - 1))`; its limits are Theil's index at a = 1 and
+    the mean log deviation `-mean ln(l / mean l)` at 0.
+    """
+
+    def index(losses: Array) -> Array:
+        share = losses / jnp.mean(losses)
+        if a == 1:
+            return jnp.mean(share * jnp.log(share))
+        if a == 0:
+            return -jnp.mean(jnp.log(share))
+        return jnp.mean(share**a - 1) / (a * (a - 1))
+
+    return index
+
+
+theil = generalised_entropy(1)
+"""`mean((l / mean l) ln(l / mean l))`."""
+
+
+def atkinson(aversion: float) -> Index:
+    """`1 - (mean l^(1 - eps))^(1 / (1 - eps)) / mean l`, eps the `aversion`; at 1 its limit,
+    `1 - (geometric mean) / mean l`.
+    """
+
+    def index(losses: Array) -> Array:
+        share = losses / jnp.mean(losses)
+        if aversion == 1:
+            return 1 - jnp.exp(jnp.mean(jnp.log(share)))
+        return 1 - jnp.mean(share ** (1 - aversion)) ** (1 / (1 - aversion))
+
+    return index
+
+
+def gini(losses: Array) -> Array:
+    """`sum_ij |l_i - l_j| / (2 T sum l)`."""
+    pairs = jnp.abs(losses[:, None] - losses)
+    return jnp.sum(pairs) / (2 * len(losses) * jnp.sum(losses))
+
+
+def log_variance(losses: Array) -> Array:
+    """`mean (ln l - mean ln l)^2`."""
+    return jnp.var(jnp.log(losses))
+
+
+# --- modifiers ------------------------------------------------------------------------------
+
+
+def inequality(weight: float | Array, *, index: Index = theil) -> Modifier:
+    """TAML by inequality: the objective plus `weight index(losses of the initial network)`.
+
+    Args:
+      weight: lambda; 0 leaves the method as it is. May be traced.
+      index: `theil`, `generalised_entropy(a)`, `atkinson(eps)`, `gini` or `log_variance`.
+
+    Raises:
+      ValueError: `weight` is negative or not a number.
+    """
+
+    def measure(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
+        del key
+        outputs = learner.predict(learner.start(params, task.support), task.query.x)
+        return learner.loss(outputs, task.query.y)
+
+    return _term(weight, measure, lambda losses: index(jnp.maximum(losses, LEAST)))
+
+
+def entropy(weight: float | Array) -> Modifier:
+    """TAML by entropy: the objective plus `weight (H(adapted) - H(initial))`, H the mean entropy of
+    the query predictions in nats. For classes only.
+
+    Raises:
+      ValueError: `weight` is negative or not a number.
+    """
+
+    def measure(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
+        def of(fast: Any) -> Array:
+            outputs = learner.predict(fast, task.query.x)
+            if outputs.shape[-1] < 2:
+                raise ValueError(
+                    "The entropy of predictions was asked for, but these outputs are no classes; "
+                    "use the inequality form of TAML."
+                )
+            log_p = jax.nn.log_softmax(outputs)
+            return -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+
+        adapted = learner.adapt(key, params, task.support)
+        return of(adapted) - of(learner.start(params, task.support))
+
+    return _term(weight, measure, jnp.mean)
+
+
+def _term(weight: float | Array, measure, combine: Index) -> Modifier:
+    check_rate("weight", weight)
+
+    def modify(method: Method) -> Method:
+        if known(weight) == 0:
+            return method
+        term = Term(measure, lambda values: weight * combine(values))
+        return method._replace(terms=(*method.terms, term))
+
+    return modify
