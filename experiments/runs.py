@@ -161,7 +161,8 @@ def _classification(config: Config, say) -> Setup:
     queries = min(TEST_QUERIES, fewest - config.shot)
     episode = episodes.sampler(config.way, config.shot, queries, 1)
     net = spec.net(config.net or "conv4(width=32)", image=splits["train"].pixels.shape[2:])
-    problem = spec.Problem(net, config.way, losses.cross_entropy, config.steps)
+    pixels = splits["train"].mean, splits["train"].std
+    problem = spec.Problem(net, config.way, losses.cross_entropy, config.steps, pixels)
     return Setup(
         config=config,
         **_method(config, problem),

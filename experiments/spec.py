@@ -24,6 +24,7 @@ from mgaug_jax import (
     nets,
     outer,
     perturb,
+    photo,
     pruning,
     taml,
 )
@@ -40,19 +41,22 @@ class Problem(NamedTuple):
       outputs: Ways, or None where the network's outputs are not classes.
       loss: Of the inner and the outer loop.
       steps: Meta-steps of the run, which schedules span.
+      pixels: Mean and std `[c]` that images were normalised by; None: no images.
     """
 
     net: Callable[[int | None], Net]
     outputs: int | None
     loss: Loss
     steps: int
+    pixels: tuple[Array, Array] | None = None
 
 
 class Clock(NamedTuple):
-    """The meta-step (traced) and the number of them."""
+    """The meta-step (traced), the number of them, and `Problem.pixels`."""
 
     step: Array
     steps: int
+    pixels: tuple[Array, Array] | None = None
 
 
 class Entry(NamedTuple):
@@ -121,6 +125,12 @@ def _rotate_classes(clock: Clock, rate: float, ramp=CONSTANT) -> Modifier:
     return augmentations.rotate_classes(rate * ramp(clock))
 
 
+def _aug(clock: Clock) -> Modifier:
+    if clock.pixels is None:
+        raise ValueError("aug transforms photographs, but these data are no images; leave it out.")
+    return photo.photo_augment(*clock.pixels)
+
+
 def _metamix(clock: Clock, alpha: float = 2.0) -> Modifier:
     del clock
     return judging.metamix(law=judging.beta_law(alpha))
@@ -174,6 +184,7 @@ MODIFIERS: Mapping[str, Entry] = {
     "mr_weights": _plain(bottleneck.mr_weights, "beta", "blocks", "start"),
     "shuffle_labels": _plain(augmentations.shuffle_labels),
     "shift_targets": _plain(augmentations.shift_targets, "width"),
+    "aug": Entry(_aug, ()),
     "rotate_classes": Entry(_rotate_classes, ("rate", "ramp")),
 }
 REQUIRED: Mapping[str, str] = {
@@ -273,7 +284,7 @@ def method(text: str, problem: Problem) -> Callable[[Array], Method]:
     def at(step: Array) -> Method:
         built = _build(ALGORITHMS, name, options, problem)
         for modifier, arguments in calls[1:]:
-            clock = Clock(step, problem.steps)
+            clock = Clock(step, problem.steps, problem.pixels)
             built = _build(MODIFIERS, modifier, arguments, clock)(built)
         return built
 

@@ -17,6 +17,7 @@ from mgaug_jax.methods import anil, first_order, fomaml, lslr, maml, meta_sgd, p
 from mgaug_jax.modifiers import compose, cp, mgaug, pp, wp
 from mgaug_jax.outer import fresh_optimizer, l2, weight_decay
 from mgaug_jax.perturb import drop_grad, noise
+from mgaug_jax.photo import photo_augment
 from mgaug_jax.types import (
     Examples,
     Learner,
@@ -77,6 +78,7 @@ __all__ = [
     "noise",
     "outer",
     "perturb",
+    "photo_augment",
     "pp",
     "probe_gradients",
     "protonet",

@@ -67,8 +67,8 @@ class Net(NamedTuple):
         first `m` examples alone; None for a network that cannot.
       mask: Of a sub-network: 0 for every weight it lacks, which no inner loop moves; None: whole.
       depth: Number of blocks; 0 for a network that names none.
-      part: `(params, h, first, last) -> h`, the blocks from `first` up to, not including, `last`:
-        `part(params, x, 0, depth)` is `apply`; None for a network that names none.
+      part: `(params, h, first, last) -> h`, the blocks from `first` up to, not including, `last`,
+        one at least: `part(params, x, 0, depth)` is `apply`; None for a network that names none.
     """
 
     init: Callable[[Array], Params]

@@ -273,13 +273,14 @@ def problem(way=3):
         way,
         losses.cross_entropy,
         100,
+        (jnp.full(1, 0.5), jnp.full(1, 0.25)),
     )
 
 
 @pytest.mark.parametrize("algorithm", spec.ALGORITHMS)
 @pytest.mark.parametrize("modifier", ["", *spec.MODIFIERS])
 def test_every_algorithm_takes_every_modifier(algorithm, modifier):
-    bare = modifier in {"first_order", "fresh_optimizer", "shuffle_labels"}
+    bare = modifier in {"first_order", "fresh_optimizer", "shuffle_labels", "aug"}
     text = f"{algorithm}|{modifier}({'' if bare else 0.9})" if modifier else algorithm
     inner = {"noise", "drop_grad", "first_order", "metamix", "multi_step_loss", "mr_weights"}
     if algorithm == "protonet" and modifier in inner:

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, runs, store
+from experiments import cli, runs, spec, store
 from experiments.seeds import expand, over_seeds
+from mgaug_jax import losses, nets
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
@@ -240,3 +242,44 @@ def test_mechanism_measures_everything(tmp_path):
 def test_mechanism_needs_a_place_for_the_std(tmp_path):
     text = refused("mechanism", *SINES, f"--out={tmp_path}", "--noise=noise(1)")
     assert "has no {} where the std goes" in text
+
+
+# --- the catalogue --------------------------------------------------------------------------
+
+
+def rows():
+    """Names and specs that `--list` prints."""
+    lines = [line.split() for line in done("catalogue", "--list").splitlines()]
+    return {line[0]: line[1] for line in lines}
+
+
+def test_every_row_of_the_catalogue_is_a_method():
+    problem = spec.Problem(
+        lambda way: nets.conv4(way, width=4, image=(16, 16, 3)),
+        5,
+        losses.cross_entropy,
+        100,
+        (jnp.full(3, 0.5), jnp.full(3, 0.25)),
+    )
+    found = rows()
+    tables = {"fomaml+mgaug-cp", "fomaml+metamix", "fomaml+taml", "fomaml+mr", "protonet+taskaug"}
+    assert tables <= found.keys()
+    assert len(set(found.values())) == len(found)
+    for text in found.values():
+        assert spec.method(text, problem)(jnp.zeros((), jnp.int32)).net.depth == 4
+    assert done("catalogue", "--spec=anil").strip() == found["anil"]
+
+
+def test_the_catalogue_refuses_rows_it_does_not_have(tmp_path):
+    assert "'odd' is no row; known: fomaml, " in refused("catalogue", "--spec=odd")
+    assert "'odd' is no row" in refused("catalogue", "--only=fomaml,odd", f"--out={tmp_path}")
+    assert "--out is missing" in refused("catalogue", "--only=fomaml")
+
+
+@pytest.mark.slow
+def test_every_row_of_the_catalogue_lowers_its_objective(tmp_path):
+    done("catalogue", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "catalogue.json").read_text())["rows"]
+    assert found.keys() == rows().keys()
+    for name, row in found.items():
+        assert row["after"] < row["before"], name

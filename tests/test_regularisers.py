@@ -1,0 +1,764 @@
+"""The regularisers of the comparison tables against their equations, identities and moments."""
+
+import itertools
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_tasks
+
+from mgaug_jax import (
+    anil,
+    augment,
+    cp,
+    fomaml,
+    freeze,
+    fresh_optimizer,
+    lslr,
+    maml,
+    meta_gradient,
+    meta_sgd,
+    metamix,
+    mr_weights,
+    multi_step_loss,
+    nets,
+    noise,
+    outer,
+    perturb,
+    pp,
+    protonet,
+    rotate_classes,
+    shift_targets,
+    shuffle_labels,
+    taml,
+    trainer,
+    weight_decay,
+    wp,
+)
+from mgaug_jax.augmentations import turn
+from mgaug_jax.bottleneck import divergence
+from mgaug_jax.losses import cross_entropy, squared_error
+from mgaug_jax.meta import subnet, task_keys
+from mgaug_jax.modifiers import compose
+from mgaug_jax.nets.adapters import net_of
+from mgaug_jax.nets.backbones import ConvNet, conv_roles
+from mgaug_jax.types import Examples, MetaParams, Task
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def zero():
+    """A key that was not used yet."""
+    return jax.random.key(0)
+
+
+def mlp(outputs=3, hidden=(6, 5)):
+    """A network of two blocks on flattened images."""
+    inner = nets.mlp(hidden, inputs=64, outputs=outputs)
+    flat = lambda x: x.reshape(len(x), -1)
+    return inner._replace(
+        apply=lambda params, x: inner.apply(params, flat(x)),
+        part=lambda params, x, first, last: inner.part(params, flat(x), first, last),
+    )
+
+
+def conv(way=3):
+    return net_of(ConvNet(way, 4, 2), (8, 8, 1), conv_roles, depth=2)
+
+
+def floats(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(float), tree)
+
+
+def batch(tasks=2, queries=2, seed=1, shape=(8, 8, 1)):
+    return floats(make_tasks(jax.random.key(seed), tasks, queries=queries, shape=shape))
+
+
+def params_of(method, seed=0):
+    return floats(method.algorithm(method.net, method.inner).init(jax.random.key(seed)))
+
+
+def gradient(method, params, tasks, key=None):
+    key = zero() if key is None else key
+    return jax.jit(partial(meta_gradient, method))(key, params, tasks)
+
+
+def row(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def assert_close(got, want, rtol=1e-9, atol=1e-12):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
+
+
+def differ(a, b) -> bool:
+    return any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def steps(method, optimizer, count, tasks, params):
+    """Network parameters after every one of `count` meta-steps on the same tasks."""
+    learner = trainer(method, optimizer)
+    state = learner.init(zero())
+    state = state._replace(params=params)
+    go, path = jax.jit(learner.step), []
+    for _ in range(count):
+        state, _ = go(zero(), state, tasks)
+        path.append(state.params.net)
+    return path
+
+
+# --- blocks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conv4", "resnet10", "mlp"])
+def test_blocks_in_a_row_are_the_network(name):
+    net, x = {
+        "conv4": lambda: (nets.conv4(3, width=4, image=(16, 16, 1)), jnp.ones((2, 16, 16, 1))),
+        "resnet10": lambda: (nets.resnet10(3, image=(32, 32, 1)), jnp.ones((2, 32, 32, 1))),
+        "mlp": lambda: (nets.mlp((6, 5, 4), inputs=3), jnp.ones((2, 3))),
+    }[name]()
+    x = x + jax.random.normal(jax.random.key(1), x.shape)
+    params = net.init(zero())
+    whole = net.apply(params, x)
+    for cut in range(1, net.depth):
+        h = net.part(params, net.part(params, x, 0, cut), cut, net.depth)
+        np.testing.assert_allclose(h, whole, rtol=1e-5, atol=1e-6)
+    blocks = {role.block for role in jax.tree.leaves(net.roles)}
+    assert blocks == set(range(net.depth))
+    heads = [role.block for role in jax.tree.leaves(net.roles) if role.head]
+    assert set(heads) == {net.depth - 1}
+
+
+def test_a_block_uses_the_weights_that_its_role_says():
+    net = conv()
+    params = net.init(zero())
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    for block in range(2):
+        h = net.part(params, x, 0, block)
+        grads = jax.grad(lambda p, h=h, b=block: jnp.sum(net.part(p, h, b, b + 1) ** 2))(params)
+        used = jax.tree.map(lambda g: bool((g != 0).any()), grads)
+        for role, u in zip(*map(jax.tree.leaves, (net.roles, used)), strict=True):
+            assert u <= (role.block == block)
+
+
+def test_a_sub_network_masks_its_blocks(x64):
+    net = mlp()
+    params = floats(net.init(zero()))
+    mask = jax.tree.map(lambda w: (jnp.abs(w) > 0.05).astype(float), params)
+    x = batch().query.x[0]
+    small = subnet(net, mask)
+    assert_close(
+        small.part(params, x, 0, 2), net.apply(jax.tree.map(jnp.multiply, params, mask), x)
+    )
+
+
+# --- weights between steps ------------------------------------------------------------------
+
+
+def test_weight_decay_shrinks_beside_the_update(x64):
+    method = fomaml(mlp(), lr=0.1, steps=1)
+    tasks, params = batch(), params_of(method)
+    plain = steps(method, optax.adam(1e-2), 1, tasks, params)[0]
+    decayed = steps(weight_decay(0.2)(method), optax.adam(1e-2), 1, tasks, params)[0]
+    assert_close(decayed, jax.tree.map(lambda p, w: p - 0.2 * w, plain, params.net))
+    kernels = weight_decay(0.2, leaves=lambda role: role.prunable)(method)
+    some = steps(kernels, optax.adam(1e-2), 1, tasks, params)[0]
+    assert_close(some["dense0"]["kernel"], decayed["dense0"]["kernel"])
+    assert_close(some["head"], plain["head"])
+    assert weight_decay(0.0)(method) is method
+
+
+def test_a_fresh_adam_steps_by_the_sign(x64):
+    method = fomaml(mlp(), lr=0.1, steps=1)
+    tasks, params = batch(), params_of(method)
+    path = steps(fresh_optimizer(method), optax.adam(1e-2, eps=0.0), 3, tasks, params)
+    for before, after in itertools.pairwise([params.net, *path]):
+        k_grad, _ = jax.random.split(zero())
+        grads, _ = gradient(method, MetaParams(before, {}), tasks, k_grad)
+        moved = jax.tree.map(lambda w, g: w - 1e-2 * jnp.sign(g), before, grads.net)
+        # where a gradient is zero Adam without eps has 0 / 0; ReLUs that are off are such places
+        check = lambda a, m, g: np.testing.assert_allclose(
+            np.where(g == 0, m, a), m, rtol=1e-9, atol=1e-12
+        )
+        jax.tree.map(check, after, moved, grads.net)
+
+
+def largest(w, keep):
+    """All but the largest `keep` share of entries at 0, in plain Python."""
+    flat = np.array(w).ravel()
+    order = sorted(range(flat.size), key=lambda i: -abs(flat[i]))
+    for i in order[round(keep * flat.size) :]:
+        flat[i] = 0
+    return flat.reshape(w.shape)
+
+
+def test_iterative_hard_thresholding_equals_a_loop(x64):
+    method = fomaml(mlp(), lr=0.1, steps=1)
+    tasks, params = batch(), params_of(method)
+    at = lambda step: outer.iterative_hard_thresholding(0.3, step, every=2)(method)
+    path = steps(at, optax.sgd(0.5), 4, tasks, params)
+    net = params.net
+    for i, got in enumerate(path):
+        plain = steps(method, optax.sgd(0.5), 1, tasks, MetaParams(net, {}))[0]
+        want = dict(plain)
+        if i % 2 == 1:
+            for layer in ("dense0", "dense1"):
+                want[layer] = {**plain[layer], "kernel": largest(plain[layer]["kernel"], 0.3)}
+        else:
+            assert not differ(got, plain)
+        assert_close(got, want)
+        net = got
+
+
+def test_dense_sparse_dense_goes_through_its_phases(x64):
+    method = fomaml(mlp(), lr=0.1, steps=1)
+    tasks, params = batch(), params_of(method)
+    at = lambda step: outer.dense_sparse_dense(0.4, step, start=2, stop=5)(method)
+    path = steps(at, optax.sgd(0.5), 7, tasks, params)
+    plain = steps(method, optax.sgd(0.5), 7, tasks, params)
+    zeros = [np.asarray(net["dense0"]["kernel"] == 0) for net in path]
+    assert not differ(path[0], plain[0])  # dense: the plain method, bit for bit
+    want = largest(plain[1]["dense0"]["kernel"], 0.4) == 0
+    assert want.sum() == 384 - round(0.4 * 384)
+    for net in zeros[1:4]:  # what the steps 2, 3 and 4 start from
+        np.testing.assert_array_equal(net, want)
+    free = gradient(method, MetaParams(path[3], {}), tasks)[0].net["dense0"]["kernel"] != 0
+    assert not (zeros[6] & np.asarray(free)).any()  # dense again
+
+
+def test_thresholding_needs_something_to_prune():
+    net = nets.from_functions(lambda key: {"w": jnp.ones((3, 1))}, lambda p, x: x @ p["w"])
+    with pytest.raises(ValueError, match="has none to prune"):
+        outer.iterative_hard_thresholding(0.5, jnp.zeros(()))(maml(net))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: weight_decay(-1.0), "rate="),
+        (lambda: outer.iterative_hard_thresholding(0.0, 0), "keep="),
+        (lambda: outer.iterative_hard_thresholding(0.5, 0, every=0), "every="),
+        (lambda: outer.dense_sparse_dense(0.5, 0, start=4, stop=4), "stop=4"),
+        (lambda: taml.inequality(float("nan")), "weight="),
+        (lambda: taml.entropy(-1), "weight="),
+        (lambda: multi_step_loss(1.5), "last=1.5"),
+        (lambda: shift_targets(0), "width=0"),
+        (lambda: rotate_classes(1.5), "rate=1.5"),
+        (lambda: mr_weights(-1.0), "beta="),
+        (lambda: mr_weights(1.0, blocks=0), "blocks=0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+# --- TAML -----------------------------------------------------------------------------------
+
+
+def python_indices(losses):
+    n, mean = len(losses), sum(losses) / len(losses)
+    share = [x / mean for x in losses]
+    log = [np.log(s) for s in share]
+    geometric = np.exp(sum(np.log(losses)) / n)
+    return {
+        "theil": sum(s * np.log(s) for s in share) / n,
+        "ge0": -sum(log) / n,
+        "ge2": sum(s**2 - 1 for s in share) / (2 * n),
+        "ge-1": sum(1 / s - 1 for s in share) / (2 * n),
+        "atkinson.5": 1 - (sum(x**0.5 for x in losses) / n) ** 2 / mean,
+        "atkinson2": 1 - 1 / (sum(1 / x for x in losses) / n) / mean,
+        "atkinson1": 1 - geometric / mean,
+        "gini": sum(abs(x - y) for x in losses for y in losses) / (2 * n * sum(losses)),
+        "log_variance": sum((np.log(x) - np.log(geometric)) ** 2 for x in losses) / n,
+    }
+
+
+INDICES = {
+    "theil": taml.theil,
+    "ge0": taml.generalised_entropy(0),
+    "ge2": taml.generalised_entropy(2),
+    "ge-1": taml.generalised_entropy(-1),
+    "atkinson.5": taml.atkinson(0.5),
+    "atkinson2": taml.atkinson(2),
+    "atkinson1": taml.atkinson(1),
+    "gini": taml.gini,
+    "log_variance": taml.log_variance,
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_inequality_index_is_its_formula_scale_free_and_zero_for_equals(x64, name):
+    index = jax.jit(INDICES[name])
+    for seed in range(10):
+        losses = np.random.default_rng(seed).lognormal(size=5)
+        got = float(index(losses))
+        assert got == pytest.approx(python_indices(losses)[name], rel=1e-9)
+        assert got > 0
+        assert float(index(7.3 * losses)) == pytest.approx(got, rel=1e-9)
+        assert float(index(losses[::-1])) == pytest.approx(got, rel=1e-9)
+    assert float(index(np.full(5, 1.7))) == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize(("near", "limit"), [(1 + 1e-6, 1), (1e-6, 0)])
+def test_generalised_entropy_and_atkinson_reach_their_limits(x64, near, limit):
+    losses = np.random.default_rng(0).lognormal(size=5)
+    close = partial(pytest.approx, rel=1e-4)
+    assert float(taml.generalised_entropy(near)(losses)) == close(
+        float(taml.generalised_entropy(limit)(losses))
+    )
+    if limit == 1:
+        assert float(taml.atkinson(near)(losses)) == close(float(taml.atkinson(1)(losses)))
+
+
+def objective_of(method, tasks, extra):
+    """`params -> mean adapted loss + extra`, task by task, differentiated as a whole."""
+    learner = method.algorithm(method.net, method.inner)
+
+    def objective(params):
+        each = [row(tasks, t) for t in range(len(tasks.query.y))]
+        fasts = [learner.adapt(zero(), params, task.support) for task in each]
+        starts = [learner.start(params, task.support) for task in each]
+        out = lambda fast, task: learner.predict(fast, task.query.x)
+        adapted = [out(f, t) for f, t in zip(fasts, each, strict=True)]
+        initial = [out(f, t) for f, t in zip(starts, each, strict=True)]
+        loss = lambda outs: [cross_entropy(o, t.query.y) for o, t in zip(outs, each, strict=True)]
+        return sum(loss(adapted)) / len(each) + extra(adapted, initial, loss)
+
+    return objective
+
+
+def entropies(outputs):
+    probabilities = [jax.nn.softmax(o) for o in outputs]
+    return sum(-jnp.mean(jnp.sum(p * jnp.log(p), axis=-1)) for p in probabilities) / len(outputs)
+
+
+@pytest.mark.parametrize("form", ["inequality", "gini", "entropy"])
+def test_taml_is_the_gradient_of_its_objective(x64, form):
+    method = maml(mlp(), lr=0.5, steps=2)
+    change, extra = {
+        "inequality": (
+            taml.inequality(0.7),
+            lambda adapted, initial, loss: 0.7 * taml.theil(jnp.stack(loss(initial))),
+        ),
+        "gini": (
+            taml.inequality(0.7, index=taml.gini),
+            lambda adapted, initial, loss: 0.7 * taml.gini(jnp.stack(loss(initial))),
+        ),
+        "entropy": (
+            taml.entropy(0.7),
+            lambda adapted, initial, loss: 0.7 * (entropies(adapted) - entropies(initial)),
+        ),
+    }[form]
+    tasks, params = batch(3), params_of(method)
+    want, grads = jax.jit(jax.value_and_grad(objective_of(method, tasks, extra)))(params)
+    got, info = gradient(change(method), params, tasks)
+    assert float(info["loss"]) == pytest.approx(float(want), rel=1e-10)
+    assert_close(got, grads)
+
+
+def test_taml_of_weight_zero_is_the_plain_method_and_two_terms_add(x64):
+    method = maml(mlp(), lr=0.5, steps=1)
+    assert taml.inequality(0.0)(method) is method
+    assert taml.entropy(0)(method) is method
+    tasks, params = batch(3), params_of(method)
+    plain, one, two, both = (
+        gradient(m, params, tasks)[0]
+        for m in (
+            method,
+            taml.inequality(0.3)(method),
+            taml.entropy(0.3)(method),
+            taml.entropy(0.3)(taml.inequality(0.3)(method)),
+        )
+    )
+    assert_close(both, jax.tree.map(lambda p, a, b: a + b - p, plain, one, two))
+
+
+def test_taml_leaves_the_sub_networks_as_they_are(x64):
+    """The same masks with and without: what is added is the term's gradient of the full network."""
+    method = maml(mlp(), lr=0.5, steps=1)
+    views = pp(keep=1.0, cap=1.0, subnets=2)  # whole, so that no draw matters
+    tasks, params = batch(3), params_of(method)
+    change = taml.inequality(0.3)
+    added = [
+        jax.tree.map(
+            jnp.subtract, gradient(change(m), params, tasks)[0], gradient(m, params, tasks)[0]
+        )
+        for m in (method, views(method))
+    ]
+    assert_close(*added)
+
+
+def test_entropy_needs_classes(x64):
+    net = nets.mlp((4,), inputs=2)
+    method = taml.entropy(0.1)(maml(net, loss=squared_error))
+    part = Examples(jnp.ones((2, 3, 2)), jnp.ones((2, 3, 1)))
+    with pytest.raises(ValueError, match="use the inequality form"):
+        meta_gradient(method, zero(), params_of(method), Task(part, part))
+
+
+# --- MetaMix and the multi-step loss ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruner", ["none", "pp"])
+def test_lambda_one_is_the_plain_query_loss(x64, pruner):
+    views = {"none": lambda m: m, "pp": pp(keep=1.0, cap=1.0, subnets=1)}[pruner]
+    method = views(maml(mlp(), lr=0.5, steps=2))
+    tasks, params = batch(), params_of(method)
+    mixed = metamix(law=lambda key: jnp.ones(()))(method)
+    assert_close(gradient(mixed, params, tasks), gradient(method, params, tasks))
+
+
+@pytest.mark.parametrize(("net", "queries"), [("mlp", 1), ("mlp", 3), ("conv", 2)])
+def test_metamix_equals_its_equation_at_every_layer(x64, net, queries):
+    method = maml({"mlp": mlp, "conv": conv}[net](), lr=0.5, steps=2)
+    tasks, params = batch(1, queries), params_of(method)
+    task, layers = row(tasks, 0), set()
+    learner = method.algorithm(method.net, method.inner)
+    mixed = jax.jit(partial(meta_gradient, metamix()(method)))
+    for seed in range(8):
+        _, info = mixed(jax.random.key(seed), params, tasks)
+        task_key = task_keys(jax.random.split(jax.random.key(seed), 3)[0], tasks)[0]
+        k_adapt, k_law, k_layer, k_pairs = jax.random.split(task_key, 4)
+        lam = float(jax.random.beta(k_law, 2.0, 2.0))
+        layer = int(jax.random.randint(k_layer, (), 0, method.net.depth))
+        n = len(task.query.x)
+        pairs = np.asarray(
+            jax.random.permutation(k_pairs, 3)
+            if n == 3
+            else jax.random.randint(k_pairs, (n,), 0, 3)
+        )
+        theta = learner.adapt(k_adapt, params, task.support).params
+        h = method.net.part(theta, task.query.x, 0, layer)
+        s = method.net.part(theta, task.support.x, 0, layer)
+        h = np.stack([lam * h[i] + (1 - lam) * s[pairs[i]] for i in range(n)])
+        logits = np.asarray(method.net.part(theta, jnp.asarray(h), layer, method.net.depth))
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        own = -(np.asarray(task.query.y) * log_p).sum(1)
+        other = -(np.asarray(task.support.y)[pairs] * log_p).sum(1)
+        want = np.mean(lam * own + (1 - lam) * other)
+        assert float(info["loss"]) == pytest.approx(want, rel=1e-9)
+        layers.add(layer)
+    assert layers == set(range(method.net.depth))
+
+
+def test_metamix_mixes_the_targets_of_a_regression(x64):
+    net = nets.mlp((4,), inputs=2)
+    method = maml(net, lr=0.1, steps=1, loss=squared_error)
+    rng = np.random.default_rng(0)
+    part = Examples(*(jnp.asarray(rng.normal(size=(1, 3, d))) for d in (2, 1)))
+    tasks, params = Task(part, part), params_of(method)
+    half = metamix(law=lambda key: jnp.asarray(0.25))(method)
+    task_key = task_keys(jax.random.split(zero(), 3)[0], tasks)[0]
+    k_adapt, _, _, k_pairs = jax.random.split(task_key, 4)
+    pairs = jax.random.permutation(k_pairs, 3)
+    theta = method.algorithm(net, method.inner).adapt(k_adapt, params, row(part, 0)).params
+    mix = lambda a: 0.25 * a[0] + 0.75 * a[0][pairs]
+    want = jnp.mean((net.apply(theta, mix(part.x)) - mix(part.y)) ** 2)
+    _, info = gradient(half, params, tasks)
+    assert float(info["loss"]) == pytest.approx(float(want), rel=1e-9)
+
+
+def test_multi_step_loss_is_the_mean_over_shorter_loops(x64):
+    make = lambda steps: maml(mlp(), lr=0.5, steps=steps)
+    tasks, params = batch(), params_of(make(1))
+    each = [gradient(make(steps), params, tasks) for steps in (1, 2, 3)]
+    for last in (0.0, 0.4, 1.0):
+        got, info = gradient(multi_step_loss(last)(make(3)), params, tasks)
+        weights = [(1 - last) / 3, (1 - last) / 3, (1 - last) / 3 + last]
+        mean = lambda *g, weights=weights: sum(w * x for w, x in zip(weights, g, strict=True))
+        assert_close(got, jax.tree.map(mean, *(g for g, _ in each)))
+        assert float(info["loss"]) == pytest.approx(
+            float(mean(*(i["loss"] for _, i in each))), rel=1e-9
+        )
+
+
+def test_outer_losses_refuse_each_other_and_what_they_cannot_do():
+    method = maml(mlp())
+    with pytest.raises(ValueError, match="Two outer losses"):
+        metamix()(multi_step_loss()(method))
+    with pytest.raises(ValueError, match="names its blocks"):
+        metamix()(protonet(mlp()))
+    with pytest.raises(ValueError, match="protonet has no inner steps"):
+        multi_step_loss()(protonet(mlp()))
+    own = nets.from_functions(lambda key: {"w": jnp.ones((3, 1))}, lambda p, x: x @ p["w"])
+    with pytest.raises(ValueError, match="names its blocks"):
+        metamix()(maml(own))
+
+
+def test_lslr_with_equal_rates_is_maml_and_learns_a_rate_per_step(x64):
+    tasks = batch()
+    plain, learned = maml(mlp(), lr=0.25, steps=3), lslr(mlp(), lr=0.25, steps=3)
+    params = params_of(learned)
+    want, _ = gradient(plain, MetaParams(params.net, {}), tasks)
+    got, info = gradient(learned, params, tasks)
+    assert_close(got.net, want.net)
+    for leaf in jax.tree.leaves(got.extra["lr"]):
+        assert leaf.shape == (3,)
+        assert (leaf != 0).all()
+    bump = jnp.zeros(3).at[1].set(1e-5)
+    rates = params.extra["lr"]
+    moved = {**rates, "head": {**rates["head"], "kernel": rates["head"]["kernel"] + bump}}
+    _, after = gradient(learned, params._replace(extra={"lr": moved}), tasks)
+    slope = (after["loss"] - info["loss"]) / 1e-5
+    np.testing.assert_allclose(slope, got.extra["lr"]["head"]["kernel"][1], rtol=1e-3)
+
+
+# --- MR-MAML --------------------------------------------------------------------------------
+
+
+def test_the_divergence_is_the_integral(x64):
+    for mean, scale in ((0.3, 0.5), (-1.0, 2.0), (0.0, 1.0)):
+        x = np.linspace(-30, 30, 400_001)
+        log_q = -0.5 * ((x - mean) / scale) ** 2 - np.log(scale)
+        q = np.exp(log_q) / np.sqrt(2 * np.pi)
+        want = np.trapezoid(q * (log_q + 0.5 * x**2), x)
+        assert float(divergence(jnp.asarray(mean), jnp.asarray(scale))) == pytest.approx(
+            want, abs=1e-9
+        )
+
+
+def test_freezing_all_but_the_head_is_anil(x64):
+    tasks = batch()
+    body = freeze(lambda role: not role.head)(maml(mlp(), lr=0.5, steps=2))
+    method = anil(mlp(), lr=0.5, steps=2)
+    params = params_of(method)
+    assert_close(gradient(body, params, tasks), gradient(method, params, tasks))
+
+
+def test_mr_weights_of_beta_zero_and_no_scale_is_maml_with_a_frozen_encoder(x64):
+    tasks = batch()
+    base = maml(mlp(), lr=0.5, steps=2)
+    method = mr_weights(0.0, start=-800.0)(base)
+    params = params_of(method)
+    frozen = freeze(lambda role: role.block < 1)(base)
+    want, _ = gradient(frozen, MetaParams(params.net, {}), tasks)
+    got, _ = gradient(method, params, tasks)
+    assert_close(got.net, want.net)
+
+
+def test_mr_weights_adds_the_divergence_of_the_encoder(x64):
+    tasks = batch()
+    base = maml(mlp(), lr=0.5, steps=2)
+    params = params_of(mr_weights(0.0, start=-2.0)(base))
+    after = [
+        steps_with_extra(mr_weights(beta, start=-2.0)(base), tasks, params) for beta in (0.0, 0.1)
+    ]
+    added = jax.tree.map(lambda a, b: a - b, *after)  # by SGD at rate 1
+    mu, rho = (np.asarray(t["dense0"]["kernel"]) for t in (params.net, params.extra["scale"]))
+    s, slope = np.log1p(np.exp(rho)), 1 / (1 + np.exp(-rho))
+    assert_close(added.net["dense0"]["kernel"], 0.1 * mu, rtol=1e-7)
+    assert_close(added.extra["scale"]["dense0"]["kernel"], 0.1 * (s - 1 / s) * slope, rtol=1e-7)
+    for layer in ("dense1", "head"):
+        assert not any((leaf != 0).any() for leaf in jax.tree.leaves(added.net[layer]))
+    assert not (added.net["dense0"]["bias"] != 0).any()
+
+
+def steps_with_extra(method, tasks, params):
+    learner = trainer(method, optax.sgd(1.0))
+    state = learner.init(zero())._replace(params=params)
+    return jax.jit(learner.step)(zero(), state, tasks)[0].params
+
+
+def test_the_encoder_is_drawn_around_its_mean_once_per_task_and_not_adapted(x64):
+    net = mlp()
+    method = mr_weights(0.0, start=-1.0)(maml(net, lr=0.5, steps=3))
+    params, tasks = params_of(method), batch()
+    learner = method.algorithm(method.net, method.inner)
+    support = row(tasks, 0).support
+    adapt = jax.jit(lambda key: learner.adapt(key, params, support).params)
+    mean = params.net["dense0"]["kernel"]
+    first = lambda: jax.random.key(0)
+    drawn = [adapt(jax.random.key(i))["dense0"]["kernel"] - mean for i in range(100)]
+    drawn = np.stack(drawn)
+    s = np.log1p(np.exp(-1.0))
+    n = drawn.size
+    assert abs(drawn.mean()) < 4 * s / n**0.5
+    assert abs(drawn.std() / s - 1) < 4 / (2 * n) ** 0.5
+    one = adapt(first())
+    assert not differ(one["dense0"]["bias"], params.net["dense0"]["bias"])
+    assert differ(one["dense1"], params.net["dense1"])
+    path = learner.path(first(), params, support).params["dense0"]["kernel"]
+    assert (path == path[0]).all()  # the same draw at every step
+    assert_close(path[0], one["dense0"]["kernel"])
+
+
+def test_mr_weights_refuses_networks_without_an_encoder():
+    with pytest.raises(ValueError, match=r"names 1\. Use"):
+        mr_weights(1e-3)(maml(mlp(hidden=(6,))))
+    with pytest.raises(ValueError, match="protonet has none"):
+        mr_weights(1e-3)(protonet(mlp()))
+
+
+# --- augmentation ---------------------------------------------------------------------------
+
+
+def changed(modifier, tasks, seed=0):
+    method = modifier(maml(mlp()))
+    keys = task_keys(jax.random.key(seed), tasks)
+    return jax.jit(jax.vmap(method.augment))(keys, tasks)
+
+
+def test_labels_are_shuffled_alike_in_support_and_query_and_uniformly():
+    tasks = make_tasks(zero(), 1800, queries=2, shape=(2,))
+    after = changed(shuffle_labels(), tasks)
+    order = np.argmax(
+        np.asarray(after.support.y), axis=-1
+    )  # class-major: the new label of every class
+    np.testing.assert_array_equal(np.argmax(after.query.y, axis=-1), np.repeat(order, 2, axis=1))
+    np.testing.assert_array_equal(after.query.x, tasks.query.x)
+    counts = Counter(map(tuple, order))
+    assert len(counts) == 6
+    assert all(abs(c - 300) < 4.5 * (300 * 5 / 6) ** 0.5 for c in counts.values())
+
+
+def test_targets_are_shifted_by_one_uniform_draw_per_task():
+    part = Examples(jnp.zeros((4000, 3, 1)), jnp.zeros((4000, 3, 1)))
+    after = changed(shift_targets(2.0), Task(part, part))
+    shift = np.asarray(after.support.y[:, 0, 0])
+    assert (after.support.y == shift[:, None, None]).all()
+    assert (after.query.y == shift[:, None, None]).all()
+    assert np.abs(shift).max() <= 2
+    assert abs(shift.mean()) < 4 * 2 / (3 * 4000) ** 0.5
+    assert abs(shift.var() - 4 / 3) < 4 * (4 / 3) * (0.8 / 4000) ** 0.5
+    assert abs(np.corrcoef(shift[:-1], shift[1:])[0, 1]) < 4 / 4000**0.5
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_classes_are_turned_whole_and_as_often_as_said(rate):
+    tasks = make_tasks(zero(), 200, way=5, queries=2, shape=(4, 4, 1))
+    after = changed(rotate_classes(rate), tasks)
+    counts = Counter()
+    tasks, after = jax.device_get((tasks, after))
+    for t in range(200):
+        found = []
+        for part, moved in ((tasks.support, after.support), (tasks.query, after.query)):
+            for i in range(len(part.x[t])):
+                turned = [np.rot90(part.x[t, i], k) for k in range(4)]
+                match = [k for k in range(4) if (turned[k] == moved.x[t, i]).all()]
+                assert len(match) == 1
+                found.append((int(np.argmax(part.y[t, i])), match[0]))
+        assert len(set(found)) == 5  # one angle for all images of a class
+        counts.update(k for _, k in set(found))
+    new = 1000 - counts[0]
+    assert abs(new - 1000 * rate) <= 4.5 * (1000 * rate * (1 - rate)) ** 0.5
+    for k in (1, 2, 3):
+        assert abs(counts[k] - new / 3) <= 4.5 * (new * 2 / 9) ** 0.5
+    if rate == 0:
+        np.testing.assert_array_equal(after.support.x, tasks.support.x)
+
+
+def test_turning_needs_square_images():
+    with pytest.raises(ValueError, match="not square images"):
+        turn(jnp.zeros((2, 4, 5, 1)), jnp.zeros(2, jnp.int32))
+
+
+def test_augmentations_apply_in_their_order_with_keys_of_their_own():
+    part = Examples(jnp.zeros((1, 3, 1)), jnp.zeros((1, 3, 1)))
+    seen = []
+
+    def spy(name, factor):
+        def change(key, task):
+            seen.append((name, key))
+            return Task(*(p._replace(y=factor * p.y + 1) for p in task))
+
+        return augment(change)
+
+    method = spy("b", 3.0)(spy("a", 2.0)(maml(mlp())))
+    after = method.augment(zero(), row(Task(part, part), 0))
+    assert [name for name, _ in seen] == ["a", "b"]
+    assert (after.query.y == 3 * 1 + 1).all()
+    data = [jax.random.key_data(key).tolist() for _, key in seen]
+    assert data[0] != data[1]
+
+
+@pytest.mark.parametrize("reduce", ["full", "views"])
+def test_every_network_sees_the_same_augmented_tasks(x64, reduce):
+    method = maml(mlp(), lr=0.5, steps=1)
+    if reduce == "views":
+        method = pp(keep=1.0, cap=1.0, subnets=2)(method)
+    tasks, params = batch(3), params_of(method)
+    rest = lambda: jax.random.split(zero())[0]
+    keys = task_keys(jax.random.split(zero())[1], tasks)
+    ready = jax.vmap(shuffle_labels()(method).augment)(keys, tasks)
+    got = gradient(shuffle_labels()(method), params, tasks)
+    assert_close(got, gradient(method, params, ready, rest()))
+    assert differ(got[0], gradient(method, params, tasks, rest())[0])
+
+
+# --- composition ----------------------------------------------------------------------------
+
+ALGORITHMS = {
+    "maml": lambda: maml(mlp(), lr=0.1, steps=2),
+    "fomaml": lambda: fomaml(mlp(), lr=0.1, steps=2),
+    "anil": lambda: anil(mlp(), lr=0.1, steps=2),
+    "meta_sgd": lambda: meta_sgd(mlp(), lr=0.1),
+    "lslr": lambda: lslr(mlp(), lr=0.1, steps=2),
+    "protonet": lambda: protonet(mlp()),
+}
+PRUNERS = {"none": lambda m: m, "wp": wp(keep=0.5), "pp": pp(keep=0.5), "cp": cp(keep=0.5)}
+CHANGES = {
+    "weight_decay": weight_decay(1e-3),
+    "fresh": fresh_optimizer,
+    "iht": outer.iterative_hard_thresholding(0.5, jnp.zeros((), jnp.int32)),
+    "dsd": outer.dense_sparse_dense(0.5, jnp.zeros((), jnp.int32), start=1, stop=2),
+    "inequality": taml.inequality(0.1),
+    "entropy": taml.entropy(0.1),
+    "metamix": metamix(),
+    "multi_step": multi_step_loss(),
+    "mr_weights": mr_weights(1e-4),
+    "shuffle": shuffle_labels(),
+    "rotate": rotate_classes(0.5),
+    "noise": noise(0.1),
+    "noise-outer": noise(0.1, site=perturb.outer),
+}
+INNER = {"metamix", "multi_step", "mr_weights", "noise"}
+JUDGES = {"metamix", "multi_step"}
+
+
+def check_traces(algorithm, pruner, names):
+    method = PRUNERS[pruner](ALGORITHMS[algorithm]())
+    refused = (algorithm == "protonet" and INNER & set(names)) or set(names) >= JUDGES
+    if refused:
+        change = compose(*(CHANGES[name] for name in reversed(names)))
+        with pytest.raises(ValueError, match=r"protonet|Two outer losses"):
+            change(method)
+        return
+    for name in names:
+        method = CHANGES[name](method)
+    tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
+    learner = trainer(method, optax.adam(1e-3))
+    state = jax.eval_shape(learner.init, zero())
+    after, info = jax.eval_shape(learner.step, zero(), state, tasks)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(after) == shapes(state)
+    assert info["loss"].shape == ()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_change_traces_with_every_algorithm(algorithm):
+    for name in CHANGES:
+        check_traces(algorithm, "none", [name])
+
+
+@pytest.mark.parametrize("pruner", ["wp", "pp", "cp"])
+def test_every_change_traces_over_every_pruner(pruner):
+    for name in CHANGES:
+        check_traces("maml", pruner, [name])
+
+
+def test_every_pair_of_changes_traces():
+    for names in itertools.combinations(CHANGES, 2):
+        check_traces("maml", "cp", names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_the_full_grid_traces(algorithm, pruner):
+    for names in itertools.permutations(CHANGES, 2):
+        check_traces(algorithm, pruner, names)
