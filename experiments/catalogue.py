@@ -56,6 +56,7 @@ ROWS: Mapping[str, Row] = {
     "protonet+taskaug": Row(
         f"{PROTONET}|aug()|rotate_classes(0.25,ramp='linear')", "MGAug, Table 1, + TaskAug"
     ),
+    "protonet+maxup": Row(f"{PROTONET}|aug()|maxup()", "MGAug, Table 1, + Meta-MaxUp; by task"),
     "protonet+mgaug-wp": Row(f"{PROTONET}|aug()|wp(keep=0.97,cap=0.99)", "MGAug, Table 1"),
     "protonet+mgaug-pp": Row(f"{PROTONET}|aug()|pp(keep=0.97,cap=0.99)", "MGAug, Table 1"),
     "protonet+mgaug-cp": Row(f"{PROTONET}|aug()|cp(keep=0.97,cap=0.99)", "MGAug, Table 1"),
@@ -71,6 +72,8 @@ ROWS: Mapping[str, Row] = {
     ),
     "maml+dsd": Row("maml(lr=0.01,steps=5)|dsd(keep=0.5)", "MetaPruning's schedule on MAML"),
     "maml+iht": Row("maml(lr=0.01,steps=5)|iht(keep=0.5)", "MetaPruning's schedule on MAML"),
+    "reptile+dsd": Row("maml(lr=0.01,steps=5)|reptile()|dsd(keep=0.5)", "MetaPruning, DSD"),
+    "reptile+iht": Row("maml(lr=0.01,steps=5)|reptile()|iht(keep=0.5)", "MetaPruning, IHT"),
     "maml+intrashuffle": Row("maml(lr=0.01,steps=5)|shuffle_labels()", "meta-augmentation"),
     "mr-maml": Row("maml(lr=0.01,steps=5)|mr_weights(beta=1e-5)", "MR-MAML(W)"),
 }

@@ -18,6 +18,7 @@ from experiments.cli import BadInput
 from mgaug_jax import (
     augmentations,
     bottleneck,
+    copies,
     judging,
     learners,
     methods,
@@ -136,6 +137,11 @@ def _metamix(clock: Clock, alpha: float = 2.0) -> Modifier:
     return judging.metamix(law=judging.beta_law(alpha))
 
 
+def _maxup(clock: Clock, changes=None, **options) -> Modifier:
+    del clock
+    return copies.maxup(pool=changes, **options)
+
+
 def _multi_step_loss(clock: Clock, last: float = 0.0, ramp=None) -> Modifier:
     """`ramp='linear'` anneals to the last step's loss alone."""
     if ramp is None:
@@ -180,6 +186,8 @@ MODIFIERS: Mapping[str, Entry] = {
     "taml_inequality": _plain(taml.inequality, "weight", "index"),
     "taml_entropy": _plain(taml.entropy, "weight"),
     "metamix": Entry(_metamix, ("alpha",)),
+    "maxup": Entry(_maxup, ("copies", "changes", "level")),
+    "reptile": _plain(judging.reptile),
     "multi_step_loss": Entry(_multi_step_loss, ("last", "ramp")),
     "mr_weights": _plain(bottleneck.mr_weights, "beta", "blocks", "start"),
     "shuffle_labels": _plain(augmentations.shuffle_labels),
@@ -252,6 +260,15 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "constant": CONSTANT,
         "linear": lambda clock: optax.linear_schedule(1.0, 0.0, clock.steps)(clock.step),
         "cosine": lambda clock: optax.cosine_decay_schedule(1.0, clock.steps)(clock.step),
+    },
+    "level": {"by_task": copies.by_task, "by_query": copies.by_query},
+    "changes": {
+        "default": copies.default_pool(),
+        "large_rotation": (copies.large_rotation,),
+        "query_cutmix": (copies.on_query(copies.cutmix),),
+        "query_erase": (copies.on_query(copies.erase),),
+        "query_self_mix": (copies.on_query(copies.self_mix),),
+        "more_shots": (copies.more_shots,),
     },
     "index": {
         "theil": taml.theil,

@@ -8,9 +8,10 @@ method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 from mgaug_jax import data, episodes, losses, nets, outer, perturb, pruning, taml
 from mgaug_jax.augmentations import augment, rotate_classes, shift_targets, shuffle_labels
 from mgaug_jax.bottleneck import freeze, mr_weights
+from mgaug_jax.copies import maxup
 from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluation import evaluate, interval
-from mgaug_jax.judging import metamix, multi_step_loss
+from mgaug_jax.judging import metamix, multi_step_loss, reptile
 from mgaug_jax.learners import descend, inductive, prototypes, transductive
 from mgaug_jax.meta import State, Trainer, meta_gradient, run, subnet, trainer, view
 from mgaug_jax.methods import anil, first_order, fomaml, lslr, maml, meta_sgd, protonet
@@ -68,6 +69,7 @@ __all__ = [
     "losses",
     "lslr",
     "maml",
+    "maxup",
     "meta_gradient",
     "meta_sgd",
     "metamix",
@@ -84,6 +86,7 @@ __all__ = [
     "protonet",
     "prototypes",
     "pruning",
+    "reptile",
     "rotate_classes",
     "run",
     "sample_task",

@@ -74,16 +74,19 @@ def rotate_classes(rate: float | Array) -> Modifier:
       ValueError: `rate` is outside [0, 1], or (at the first step) the images are not square.
     """
     check_probability("rate", rate, below_one=False)
+    return augment(lambda key, task: turn_classes(key, task, rate))
 
-    def change(key: Array, task: Task) -> Task:
-        k_new, k_turns = jax.random.split(key)
-        way = task.support.y.shape[-1]
-        new = jax.random.bernoulli(k_new, rate, (way,))
-        turns = jnp.where(new, jax.random.randint(k_turns, (way,), 1, 4), 0)
-        turned = lambda part: part._replace(x=turn(part.x, turns[jnp.argmax(part.y, axis=-1)]))
-        return Task(*(turned(part) for part in task))
 
-    return augment(change)
+def turn_classes(key: Array, task: Task, rate: float | Array) -> Task:
+    """The task with every class turned by 1, 2 or 3 quarters with probability `rate`; a mixed image
+    is turned as the class that it has most of.
+    """
+    k_new, k_turns = jax.random.split(key)
+    way = task.support.y.shape[-1]
+    new = jax.random.bernoulli(k_new, rate, (way,))
+    turns = jnp.where(new, jax.random.randint(k_turns, (way,), 1, 4), 0)
+    turned = lambda part: part._replace(x=turn(part.x, turns[jnp.argmax(part.y, axis=-1)]))
+    return Task(*(turned(part) for part in task))
 
 
 def turn(x: Array, turns: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Other outer losses: MetaMix (Yao et al. 2021) and MAML++'s multi-step loss.
+"""Other outer losses: MetaMix (Yao et al. 2021), MAML++'s multi-step loss, Reptile.
 
 Each takes the place of the query loss, for the full network and every sub-network, with its own
 draws. A method has one outer loss, so a second is refused.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mgaug_jax.checks import check_positive, check_probability
 from mgaug_jax.types import Array, Judge, Learner, MetaParams, Method, Modifier, Net, Task
@@ -60,7 +61,7 @@ def metamix(*, law: Law | None = None) -> Modifier:
             s = net.part(theta, s, i, i + 1) if i < net.depth - 1 else s
         return learner.loss(h, mix(task.query.y, task.support.y)), h
 
-    return _judged(
+    return with_judge(
         judge,
         lambda net, learner: net.part is not None and learner.weights is not None,
         "metamix mixes query and support in front of one of the network's blocks, which takes a "
@@ -97,7 +98,7 @@ def multi_step_loss(last: float | Array = 0.0) -> Modifier:
         weights = jnp.full(len(losses), (1 - last) / len(losses)).at[-1].add(last)
         return jnp.dot(weights, losses), outputs[-1]
 
-    return _judged(
+    return with_judge(
         judge,
         lambda net, learner: learner.path is not None,
         "A loss of every inner step was asked for, but protonet has no inner steps. Leave it out, "
@@ -105,14 +106,48 @@ def multi_step_loss(last: float | Array = 0.0) -> Modifier:
     )
 
 
-def _judged(judge: Judge, fits: Callable[[Net, Learner], bool], refusal: str) -> Modifier:
+def reptile() -> Modifier:
+    """Reptile (Nichol et al. 2018) on a gradient method: the meta-gradient is the way back from the
+    adapted to the initial weights, `theta - theta_T`, so that outer SGD at rate eps is the source's
+    step. The inner loop sees support and query together; the loss reported is the query's after it.
+    What else is learned (rates of Meta-SGD) gets no gradient.
+
+    Raises:
+      ValueError: The method does not adapt weights, or its outer loss was replaced already.
+    """
+
+    def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
+        del net
+        assert learner.weights is not None
+        everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+        fixed = jax.lax.stop_gradient(params)
+        fast = learner.adapt(key, fixed, everything)
+        outputs = learner.predict(fast, task.query.x)
+        back = optax.tree.sub(fixed.net, learner.weights(fast))
+        way = optax.tree.vdot(params.net, jax.lax.stop_gradient(back))
+        # worth nothing, but its gradient is `back`
+        loss = learner.loss(outputs, task.query.y)
+        return jax.lax.stop_gradient(loss) + way - jax.lax.stop_gradient(way), outputs
+
+    return with_judge(
+        judge,
+        lambda net, learner: learner.weights is not None,
+        "reptile goes the way of the inner loop, but protonet has none; use maml.",
+    )
+
+
+def with_judge(
+    judge: Judge, fits: Callable[[Net, Learner], bool] = lambda *_: True, refusal: str = ""
+) -> Modifier:
+    """The method with `judge` for its outer loss, if it `fits`."""
+
     def modify(method: Method) -> Method:
         if not fits(method.net, method.algorithm(method.net, method.inner)):
             raise ValueError(refusal)
         if method.judge is not None:
             raise ValueError(
-                "Two outer losses were asked for, but a method has one; keep metamix or "
-                "multi_step_loss."
+                "Two outer losses were asked for, but a method has one; keep one of metamix, "
+                "multi_step_loss, maxup and reptile."
             )
         return method._replace(judge=judge)
 

@@ -281,8 +281,10 @@ def problem(way=3):
 @pytest.mark.parametrize("modifier", ["", *spec.MODIFIERS])
 def test_every_algorithm_takes_every_modifier(algorithm, modifier):
     bare = modifier in {"first_order", "fresh_optimizer", "shuffle_labels", "aug"}
+    bare |= modifier in {"maxup", "reptile"}
     text = f"{algorithm}|{modifier}({'' if bare else 0.9})" if modifier else algorithm
     inner = {"noise", "drop_grad", "first_order", "metamix", "multi_step_loss", "mr_weights"}
+    inner |= {"reptile"}
     if algorithm == "protonet" and modifier in inner:
         with pytest.raises(cli.BadInput, match="protonet"):
             spec.method(text, problem())
