@@ -192,9 +192,9 @@ def test_regression_run(tmp_path, monkeypatch, capsys):
 # --- bad input ------------------------------------------------------------------------------
 
 BAD = {
-    "--method=fomal(lr=0.1)": "'fomal' is no algorithm; known: anil, fomaml, maml",
+    "--method=fomal(lr=0.1)": "'fomal' is no algorithm; known: anil, fomaml, lslr, maml",
     "--method=fomaml(rate=0.1)": "fomaml takes no argument 'rate'; its arguments: lr, steps",
-    "--method=fomaml|dropout(0.1)": "no modifier; known: cp, drop_grad, first_order, l2, noise, pp",
+    "--method=fomaml|dropout(0.1)": "no modifier; known: aug, cp, drop_grad, dsd, first_order",
     "--method=fomaml(lr=": "is not a spec",
     "--method=fomaml(lr=__import__('os'))": "is not a literal",
     "--method=fomaml|cp(keep=0)": "keep=0 was asked for",
