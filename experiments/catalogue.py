@@ -6,11 +6,12 @@
 
 --list prints name, spec and source of every row. Without it every row is trained for --steps
 meta-steps on glyphs, from one seed: shown are its own objective in the first and the last tenth of
-training, which must fall, and the time of a meta-step relative to FoMAML's, measured after
+training, which should fall, and the time of a meta-step relative to FoMAML's, measured after
 compiling, in turns, as the median of five. Writes catalogue.json into --out.
 
 The numbers in the specs are the sources'; where a source gives none they are ours, to be tuned.
-Protocols (data, ways, shots, numbers of steps) are not part of a spec.
+Protocols (data, ways, shots, numbers of steps) are not part of a spec, nor are the sizes of the
+sub-networks' images, which published MGAug rows have (sizes=(84,64,48) at 84 pixels).
 """
 
 import time

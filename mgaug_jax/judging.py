@@ -34,8 +34,9 @@ def metamix(*, law: Law | None = None) -> Modifier:
     (0: the input), each part having passed the blocks before it by itself; targets are mixed alike,
     which for the cross entropy is the mixture of the two losses. The inner loop is unmixed. One
     lambda, l and permutation per task and network. With as many queries as supports `perm` is a
-    permutation (source); else supports are drawn uniformly with replacement (ours). The accuracy
-    that a step reports is that of the mixture.
+    permutation (source); else supports are drawn uniformly with replacement (ours). Batch norm is
+    by each part's own statistics, whatever `forward` says. The accuracy that a step reports
+    compares the mixture's outputs with the query's labels.
 
     Args:
       law: Of lambda; `beta_law(2)` unless given.
@@ -110,7 +111,8 @@ def reptile() -> Modifier:
     """Reptile (Nichol et al. 2018) on a gradient method: the meta-gradient is the way back from the
     adapted to the initial weights, `theta - theta_T`, so that outer SGD at rate eps is the source's
     step. The inner loop sees support and query together; the loss reported is the query's after it.
-    What else is learned (rates of Meta-SGD) gets no gradient.
+    What the inner loop does not move gets no gradient of the data: rates of Meta-SGD, the body of
+    ANIL, the encoder of MR-MAML.
 
     Raises:
       ValueError: The method does not adapt weights, or its outer loss was replaced already.

@@ -54,7 +54,8 @@ def weight_decay(
 
 def fresh_optimizer(method: Method) -> Method:
     """The outer optimiser made anew at every meta-step: with Adam, steps of `lr sign(g)`. MR-MAML's
-    sinusoid code does this, and its numbers hang on it.
+    sinusoid code does this, and its numbers hang on it. A schedule inside the optimiser starts
+    anew as well, and so stays at its first value.
     """
 
     def fresh(rule: Transform) -> Transform:
@@ -72,7 +73,7 @@ def fresh_optimizer(method: Method) -> Method:
 
 def iterative_hard_thresholding(keep: float | Array, step: Array, *, every: int = 10) -> Modifier:
     """After every `every`-th meta-step all but the `keep` largest weights of a layer become 0;
-    which they are may change every time.
+    which they are may change every time. Apply it after any other change of outer updates.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.
@@ -91,6 +92,9 @@ def iterative_hard_thresholding(keep: float | Array, step: Array, *, every: int 
 def dense_sparse_dense(keep: float | Array, step: Array, *, start: int, stop: int) -> Modifier:
     """Dense training up to step `start`, then only the `keep` largest weights of every layer, the
     others held at 0, and from step `stop` all of them again.
+
+    They are 0 between meta-steps: the inner loop moves them still, and the outer optimiser goes on
+    collecting their moments. Apply it after any other change of outer updates, which would end it.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.

@@ -118,8 +118,9 @@ class Probe(NamedTuple):
     """What a pruner may look at, for one task.
 
     Attributes:
-      grads: Gradient of the full network's query loss after adaptation, with respect to the
-        initial weights (MAML: through the inner loop; FoMAML: at the adapted weights).
+      grads: Gradient of the full network's outer loss (the query loss after adaptation, unless the
+        method has another `judge`) with respect to the initial weights (MAML: through the inner
+        loop; FoMAML: at the adapted weights).
       query_loss: `params -> scalar`, query loss of the network before any inner step.
     """
 
