@@ -84,14 +84,14 @@ def _one_of(pool: Sequence[Change], k_which: Array, k_how: Array, task: Task) ->
 
 
 def default_pool() -> tuple[Change, ...]:
-    """The released pool: `qcm, qre, sre, tlr, qcm+tlr, qre+tlr`."""
+    """The released pool: `qcm, qre, sre, tlr, qcm+tlr, qre+tlr`, classes turned before they mix."""
     return (
         on_query(cutmix),
         on_query(erase),
         on_support(erase),
         large_rotation,
-        in_turn(on_query(cutmix), large_rotation),
-        in_turn(on_query(erase), large_rotation),
+        in_turn(large_rotation, on_query(cutmix)),
+        in_turn(large_rotation, on_query(erase)),
     )
 
 

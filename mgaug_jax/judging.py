@@ -129,7 +129,7 @@ def reptile() -> Modifier:
         way = optax.tree.vdot(params.net, jax.lax.stop_gradient(back))
         # worth nothing, but its gradient is `back`
         loss = learner.loss(outputs, task.query.y)
-        return jax.lax.stop_gradient(loss) + way - jax.lax.stop_gradient(way), outputs
+        return jax.lax.stop_gradient(loss) + (way - jax.lax.stop_gradient(way)), outputs
 
     return with_judge(
         judge,

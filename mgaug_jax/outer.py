@@ -112,7 +112,7 @@ def dense_sparse_dense(keep: float | Array, step: Array, *, start: int, stop: in
     def change(w: Array, after: Array) -> Array:
         held = jnp.where(w == 0, 0, after)
         sparse = jnp.where(step == start - 1, _largest(after, keep), held)
-        return jnp.where((step >= start - 1) & (step < stop - 1), sparse, after)
+        return jnp.where((step >= start - 1) & (step < stop), sparse, after)
 
     return _thresholded(change)
 

@@ -227,7 +227,7 @@ def test_dense_sparse_dense_goes_through_its_phases(x64):
     assert not differ(path[0], plain[0])  # dense: the plain method, bit for bit
     want = largest(plain[1]["dense0"]["kernel"], 0.4) == 0
     assert want.sum() == 384 - round(0.4 * 384)
-    for net in zeros[1:4]:  # what the steps 2, 3 and 4 start from
+    for net in zeros[1:5]:  # what the steps 2 to 5 start from
         np.testing.assert_array_equal(net, want)
     free = gradient(method, MetaParams(path[3], {}), tasks)[0].net["dense0"]["kernel"] != 0
     assert not (zeros[6] & np.asarray(free)).any()  # dense again
