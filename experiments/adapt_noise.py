@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs, seeds, spec, store
+from experiments import cli, problem, runs, seeds, spec, store, vocabulary
 from mgaug_jax import perturb
 from mgaug_jax.types import MetaParams, Modifier
 
@@ -111,7 +111,9 @@ def _check() -> None:
 
 def change(std: jax.Array) -> Modifier:
     """The noise of --noise at a traced std."""
-    return spec.modifier(FLAGS.noise, spec.Clock(jnp.zeros((), jnp.int32), FLAGS.steps), std=std)
+    return spec.modifier(
+        FLAGS.noise, vocabulary.Clock(jnp.zeros((), jnp.int32), FLAGS.steps), std=std
+    )
 
 
 def show(rows: dict[str, dict[str, list[float]]], path: list[np.ndarray], metric: str) -> None:

@@ -48,10 +48,10 @@ ROWS: Mapping[str, Row] = {
     "fomaml+mgaug-pp": Row(f"{FOMAML}|aug()|pp(keep=0.98)", "MGAug, Table 2; w_min as for CP"),
     "fomaml+mgaug-cp": Row(f"{FOMAML}|aug()|cp(keep=0.98)", "MGAug, Table 2; w_min of the code"),
     "fomaml+duplicate": Row(
-        f"{FOMAML}|pp(keep=1.0,cap=1.0,subnets=1)", "control: one sub-network, whole"
+        f"{FOMAML}|aug()|pp(keep=1.0,cap=1.0,subnets=1)", "control: one sub-network, whole"
     ),
-    "fomaml+l2": Row(f"{FOMAML}|l2(0.001)", "control of every comparison"),
-    "fomaml+weight-decay": Row(f"{FOMAML}|weight_decay(0.00001)", "decoupled control"),
+    "fomaml+l2": Row(f"{FOMAML}|aug()|l2(0.001)", "control of every comparison"),
+    "fomaml+weight-decay": Row(f"{FOMAML}|aug()|weight_decay(0.00001)", "decoupled control"),
     "protonet": Row(PROTONET, "MGAug, Table 1"),
     "protonet+aug": Row(f"{PROTONET}|aug()", "MGAug, Table 1, + Aug"),
     "protonet+taskaug": Row(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import spec
+from experiments import spec, vocabulary
 from experiments.cli import BadInput
 from experiments.progress import Progress
 from mgaug_jax import data, episodes, losses, meta, methods, nets
@@ -91,7 +91,7 @@ class Setup(NamedTuple):
     sample: Callable[[Array, Any], Task]
     episode: Callable[[Array, Any], Task]
     splits: dict[str, Any]
-    problem: spec.Problem
+    problem: vocabulary.Problem
     digests: dict[str, str]
     metric: str
     permuted: Callable[[Array, Task], Task] | None
@@ -162,7 +162,7 @@ def _classification(config: Config, say) -> Setup:
     episode = episodes.sampler(config.way, config.shot, queries, 1)
     net = spec.net(config.net or "conv4(width=32)", image=splits["train"].pixels.shape[2:])
     pixels = splits["train"].mean, splits["train"].std
-    problem = spec.Problem(net, config.way, losses.cross_entropy, config.steps, pixels)
+    problem = vocabulary.Problem(net, config.way, losses.cross_entropy, config.steps, pixels)
     return Setup(
         config=config,
         **_method(config, problem),
@@ -191,7 +191,7 @@ def _regression(config: Config, say) -> Setup:
             "(the one-hot problem of MR-MAML)."
         )
     net = spec.net(config.net or "mlp", inputs=inputs)
-    problem = spec.Problem(net, None, losses.squared_error, config.steps)
+    problem = vocabulary.Problem(net, None, losses.squared_error, config.steps)
     return Setup(
         config=config,
         **_method(config, problem),
@@ -205,8 +205,13 @@ def _regression(config: Config, say) -> Setup:
     )
 
 
-def _method(config: Config, problem: spec.Problem) -> dict[str, Any]:
+def _method(config: Config, problem: vocabulary.Problem) -> dict[str, Any]:
     method = spec.method(config.method, problem)
+    if config.schedule != "constant" and spec.uses(config.method, "fresh_optimizer"):
+        raise BadInput(
+            f"--schedule={config.schedule} was asked for, but fresh_optimizer begins it anew at "
+            "every step; leave one of them out."
+        )
     return {"method": method, "trainer": trainer(config, method)}
 
 

@@ -7,14 +7,14 @@ method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 
 from mgaug_jax import data, episodes, losses, nets, outer, perturb, pruning, taml
 from mgaug_jax.augmentations import augment, rotate_classes, shift_targets, shuffle_labels
-from mgaug_jax.bottleneck import freeze, mr_weights
+from mgaug_jax.bottleneck import mr_weights
 from mgaug_jax.copies import maxup
 from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluation import evaluate, interval
 from mgaug_jax.judging import metamix, multi_step_loss, reptile
 from mgaug_jax.learners import descend, inductive, prototypes, transductive
 from mgaug_jax.meta import State, Trainer, meta_gradient, run, subnet, trainer, view
-from mgaug_jax.methods import anil, first_order, fomaml, lslr, maml, meta_sgd, protonet
+from mgaug_jax.methods import anil, first_order, fomaml, freeze, lslr, maml, meta_sgd, protonet
 from mgaug_jax.modifiers import compose, cp, mgaug, pp, wp
 from mgaug_jax.outer import fresh_optimizer, l2, weight_decay
 from mgaug_jax.perturb import drop_grad, noise

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mgaug_jax.checks import check_positive, check_probability
+from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import Array, Method, Modifier, Task
 
 
@@ -33,9 +34,16 @@ def augment(change: Callable[[Array, Task], Task]) -> Modifier:
 def shuffle_labels() -> Modifier:
     """The labels of every task in random order, the same in support and query: meta-augmentation's
     "intrashuffle" on fixed groups (Rajendran et al. 2020), mutual exclusion on fixed labels.
+
+    Raises:
+      ValueError: (At the first step) the targets are no classes.
     """
 
     def change(key: Array, task: Task) -> Task:
+        if task.support.y.shape[-1] < 2:
+            raise ValueError(
+                "Labels were to be shuffled, but these targets are no classes; use shift_targets."
+            )
         order = jax.random.permutation(key, task.support.y.shape[-1])
         return Task(*(part._replace(y=part.y[:, order]) for part in task))
 
@@ -47,7 +55,7 @@ def shift_targets(width: float | Array = 1.0) -> Modifier:
     "uniform noise".
 
     Raises:
-      ValueError: `width` is not a number above 0.
+      ValueError: `width` is not a number above 0, or the method learns classes.
     """
     check_positive("width", width)
 
@@ -56,7 +64,14 @@ def shift_targets(width: float | Array = 1.0) -> Modifier:
         shift = jax.random.uniform(key, (d,), task.support.y.dtype, -width, width)
         return Task(*(part._replace(y=part.y + shift) for part in task))
 
-    return augment(change)
+    def modify(method: Method) -> Method:
+        if method.algorithm(method.net, method.inner).loss is cross_entropy:
+            raise ValueError(
+                "Targets were to be shifted, but this method learns classes; use shuffle_labels."
+            )
+        return augment(change)(method)
+
+    return modify
 
 
 def rotate_classes(rate: float | Array) -> Modifier:
@@ -89,13 +104,27 @@ def turn_classes(key: Array, task: Task, rate: float | Array) -> Task:
     return Task(*(turned(part) for part in task))
 
 
+def check_images(x: Array, what: str) -> None:
+    """Refuses a batch of examples that are not images.
+
+    Raises:
+      ValueError: They are not.
+    """
+    if x.ndim != 4:
+        raise ValueError(
+            f"{what} were asked for, but examples of shape {x.shape[1:]} are not images [h, w, c]; "
+            "leave them out."
+        )
+
+
 def turn(x: Array, turns: Array) -> Array:
     """Images `[n, h, h, c]`, each turned by `turns [n]` times 90 degrees.
 
     Raises:
       ValueError: They are not square images.
     """
-    if x.ndim != 4 or x.shape[1] != x.shape[2]:
+    check_images(x, "Turned classes")
+    if x.shape[1] != x.shape[2]:
         raise ValueError(
             f"Classes were to be turned, but examples of shape {x.shape[1:]} are not square images."
         )

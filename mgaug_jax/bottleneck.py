@@ -5,12 +5,14 @@ learned mean and scale, whose divergence from N(0, 1) is a cost: what it says ab
 tasks has to be paid for, and the adapted rest is left to carry it.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_count, check_rate
+from mgaug_jax.checks import check_count, check_rate, known
+from mgaug_jax.methods import freeze
 from mgaug_jax.perturb import outer
 from mgaug_jax.types import (
     Array,
@@ -26,20 +28,6 @@ from mgaug_jax.types import (
 )
 
 Leaves = Callable[[Role], bool]
-
-
-def freeze(leaves: Leaves) -> Modifier:
-    """The inner loop moves no weight whose role is among `leaves`; the outer loop does."""
-
-    def modify(method: Method) -> Method:
-        def algorithm(net: Net, inner: Wrap) -> Learner:
-            keep = jax.tree.map(lambda role: 0.0 if leaves(role) else 1.0, net.roles)
-            mask = keep if net.mask is None else jax.tree.map(jnp.multiply, net.mask, keep)
-            return method.algorithm(net._replace(mask=mask), inner)
-
-        return method._replace(algorithm=algorithm)
-
-    return modify
 
 
 def divergence(mean: Array, scale: Array) -> Array:
@@ -60,14 +48,19 @@ def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) ->
     Args:
       beta: Weight of the divergence; may be traced.
       blocks: How many of the last blocks adapt.
-      start: First `params.extra["scale"]`: at -20 the encoder is all but deterministic (released).
+      start: First `params.extra["scale"]`, at least -80, below which float32 knows no scale: at -20
+        the encoder is all but deterministic (released).
 
     Raises:
-      ValueError: `beta` is negative or not a number, the network names no blocks or has no more
-        than `blocks`, or the method has no inner loop.
+      ValueError: `beta` is negative or not a number, `start` is too small or not a number, the
+        network names no blocks or has no more than `blocks`, or the method's inner loop does not
+        move every weight (protonet, anil, or a second `mr_weights`).
     """
     check_rate("beta", beta)
     check_count("blocks", blocks)
+    number = known(start)
+    if number is not None and not -80 <= number < math.inf:
+        raise ValueError(f"start={start!r} was asked for; take a number of -80 or more.")
 
     def modify(method: Method) -> Method:
         depth = method.net.depth
@@ -75,6 +68,11 @@ def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) ->
             raise ValueError(
                 f"mr_weights leaves all but the last {blocks} blocks to the encoder, but this "
                 f"network names {depth}. Use conv4, resnet10 or an mlp of more layers."
+            )
+        if not method.algorithm(method.net, method.inner).whole:
+            raise ValueError(
+                "mr_weights says itself what the inner loop moves, so it takes one that moves "
+                "every weight; use maml, not protonet or anil, and mr_weights once."
             )
         encoder = lambda role: role.block < depth - blocks
         drawn = lambda role: encoder(role) and role.prunable
@@ -90,9 +88,6 @@ def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) ->
             net, scale = jax.tree.map(jnp.add, (grads.net, grads.extra["scale"]), more)
             return MetaParams(net, {**grads.extra, "scale": scale})
 
-        learner = algorithm(method.net, method.inner)
-        if learner.weights is None:
-            raise ValueError("mr_weights needs an inner loop, but protonet has none; use maml.")
         return outer(method._replace(algorithm=algorithm), pull)
 
     return modify

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.augmentations import turn_classes
+from mgaug_jax.augmentations import check_images, turn_classes
 from mgaug_jax.checks import check_count
 from mgaug_jax.judging import with_judge
 from mgaug_jax.meta import adapted_loss
@@ -46,8 +46,8 @@ def maxup(
       level: `by_task` or `by_query`.
 
     Raises:
-      ValueError: `copies` is not a positive integer, the pool is empty, or the outer loss was
-        replaced already.
+      ValueError: `copies` is not a positive integer, the pool is empty, the outer loss was replaced
+        already, or (at the first step) the pool's changes differ in shape or find no images.
     """
     check_count("copies", copies)
     pool = tuple(default_pool() if pool is None else pool)
@@ -70,6 +70,12 @@ def maxup(
 
 def _one_of(pool: Sequence[Change], k_which: Array, k_how: Array, task: Task) -> Task:
     """The task, changed by a draw from the pool."""
+    shapes = [jax.tree.map(jnp.shape, jax.eval_shape(change, k_how, task)) for change in pool]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            "maxup draws one change of its pool, but they give tasks of different shapes; put what "
+            "adds examples (more_shots) into all of them, with in_turn."
+        )
     impl = jax.random.key_impl(k_how)
     # as plain numbers: a batched switch runs every branch, each of which may use the key
     branches = [
@@ -128,6 +134,7 @@ def cutmix(key: Array, examples: Examples) -> Examples:
     is cut at the border, after which lambda is the share that is left. One box for all examples;
     partners by a permutation.
     """
+    check_images(examples.x, "Mixed images")
     k_lam, k_centre, k_pairs = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(k_lam, 2.0, 2.0))
     inside = _box(k_centre, examples.x.shape[1:3], jnp.stack([side, side]))
@@ -141,6 +148,7 @@ def erase(key: Array, examples: Examples) -> Examples:
     """Random erase: of every image, with probability 1/2, a box of 2 to 40 % of the area and aspect
     .3 to 3.33 becomes 0, the mean of the normalised images (the fill is our reading).
     """
+    check_images(examples.x, "Erased images")
 
     def one(key: Array, x: Array) -> Array:
         k_do, k_area, k_aspect, k_centre = jax.random.split(key, 4)
@@ -157,8 +165,9 @@ def erase(key: Array, examples: Examples) -> Examples:
 
 def self_mix(key: Array, examples: Examples) -> Examples:
     """Self-mix: a patch of half the side, turned by a random quarter, is pasted elsewhere in the
-    same image; the label stays.
+    same image; the label stays. Every image has its own patch; the source has one box for all.
     """
+    check_images(examples.x, "Images mixed with themselves")
 
     def one(key: Array, x: Array) -> Array:
         k_from, k_to, k_turn = jax.random.split(key, 3)
@@ -178,6 +187,7 @@ def more_shots(key: Array, task: Task) -> Task:
     """Shot augmentation: every support example once more, its image flipped left to right."""
     del key
     x, y = task.support
+    check_images(x, "Flipped supports")
     support = Examples(jnp.concatenate([x, x[:, :, ::-1]]), jnp.concatenate([y, y]))
     return task._replace(support=support)
 

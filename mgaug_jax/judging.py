@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mgaug_jax.checks import check_positive, check_probability
+from mgaug_jax.learners import transductive
 from mgaug_jax.types import Array, Judge, Learner, MetaParams, Method, Modifier, Net, Task
 
 Law = Callable[[Array], Array]
@@ -35,20 +36,20 @@ def metamix(*, law: Law | None = None) -> Modifier:
     which for the cross entropy is the mixture of the two losses. The inner loop is unmixed. One
     lambda, l and permutation per task and network. With as many queries as supports `perm` is a
     permutation (source); else supports are drawn uniformly with replacement (ours). Batch norm is
-    by each part's own statistics, whatever `forward` says. The accuracy that a step reports
-    compares the mixture's outputs with the query's labels.
+    by each part's own statistics. The accuracy that a step reports compares the mixture's outputs
+    with the query's labels.
 
     Args:
       law: Of lambda; `beta_law(2)` unless given.
 
     Raises:
-      ValueError: The network names no blocks, the method's predictions are not a network's outputs,
-        or its outer loss was replaced already.
+      ValueError: The network names no blocks, the method's predictions are not a network's outputs
+        or are inductive, or its outer loss was replaced already.
     """
     law = law or beta_law()
 
     def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
-        assert net.part is not None
+        assert net.part is not None  # `fits` says so
         assert learner.weights is not None
         k_adapt, k_law, k_layer, k_pairs = jax.random.split(key, 4)
         theta = learner.weights(learner.adapt(k_adapt, params, task.support))
@@ -64,9 +65,12 @@ def metamix(*, law: Law | None = None) -> Modifier:
 
     return with_judge(
         judge,
-        lambda net, learner: net.part is not None and learner.weights is not None,
+        lambda net, learner: (
+            net.part is not None and learner.weights is not None and learner.forward is transductive
+        ),
         "metamix mixes query and support in front of one of the network's blocks, which takes a "
-        "network that names its blocks (conv4, resnet10, mlp) and an inner loop (not protonet).",
+        "network that names its blocks (conv4, resnet10, mlp), an inner loop (not protonet) and "
+        "transductive batch norm.",
     )
 
 
@@ -111,11 +115,11 @@ def reptile() -> Modifier:
     """Reptile (Nichol et al. 2018) on a gradient method: the meta-gradient is the way back from the
     adapted to the initial weights, `theta - theta_T`, so that outer SGD at rate eps is the source's
     step. The inner loop sees support and query together; the loss reported is the query's after it.
-    What the inner loop does not move gets no gradient of the data: rates of Meta-SGD, the body of
-    ANIL, the encoder of MR-MAML.
+    What else is learned (rates of Meta-SGD) gets no gradient.
 
     Raises:
-      ValueError: The method does not adapt weights, or its outer loss was replaced already.
+      ValueError: The inner loop does not move every weight (at the first step, if what keeps it
+        from that is put on top), or the outer loss was replaced already.
     """
 
     def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
@@ -126,31 +130,43 @@ def reptile() -> Modifier:
         fast = learner.adapt(key, fixed, everything)
         outputs = learner.predict(fast, task.query.x)
         back = optax.tree.sub(fixed.net, learner.weights(fast))
-        way = optax.tree.vdot(params.net, jax.lax.stop_gradient(back))
+        way = jnp.asarray(optax.tree.vdot(params.net, jax.lax.stop_gradient(back)))
         # worth nothing, but its gradient is `back`
         loss = learner.loss(outputs, task.query.y)
         return jax.lax.stop_gradient(loss) + (way - jax.lax.stop_gradient(way)), outputs
 
     return with_judge(
         judge,
-        lambda net, learner: learner.weights is not None,
-        "reptile goes the way of the inner loop, but protonet has none; use maml.",
+        lambda net, learner: learner.whole,
+        "reptile learns by the way of the inner loop, which must move every weight; use maml, not "
+        "protonet, anil, freeze or mr_weights.",
     )
 
 
 def with_judge(
     judge: Judge, fits: Callable[[Net, Learner], bool] = lambda *_: True, refusal: str = ""
 ) -> Modifier:
-    """The method with `judge` for its outer loss, if it `fits`."""
+    """The method with `judge` for its outer loss, if it `fits`.
+
+    Raises:
+      ValueError: It does not (`refusal`), or the outer loss was replaced already.
+    """
+
+    def check(net: Net, learner: Learner) -> None:
+        if not fits(net, learner):
+            raise ValueError(refusal)
+
+    def checked(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
+        check(net, learner)  # once more, for what a modifier on top has made of the learner
+        return judge(key, net, learner, params, task)
 
     def modify(method: Method) -> Method:
-        if not fits(method.net, method.algorithm(method.net, method.inner)):
-            raise ValueError(refusal)
+        check(method.net, method.algorithm(method.net, method.inner))
         if method.judge is not None:
             raise ValueError(
                 "Two outer losses were asked for, but a method has one; keep one of metamix, "
                 "multi_step_loss, maxup and reptile."
             )
-        return method._replace(judge=judge)
+        return method._replace(judge=checked)
 
     return modify

@@ -16,18 +16,15 @@ from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import (
     Array,
     Examples,
+    Forward,
     Learner,
     Loss,
     MetaParams,
     Net,
     Params,
-    Role,
     Wrap,
     identity,
 )
-
-Forward = Callable[[Net, Params, Examples, Array], Array]
-"""`(net, params, support, x) -> outputs`: how the adapted network meets its queries."""
 
 
 class Fast(NamedTuple):
@@ -50,13 +47,18 @@ def inductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
     Raises:
       ValueError: The network cannot choose its statistics (`apply_by_first` is None).
     """
-    if net.apply_by_first is None:
+    _check_forward(net, inductive)
+    assert net.apply_by_first is not None
+    n = len(support.x)
+    return net.apply_by_first(params, jnp.concatenate([support.x, x]), n)[n:]
+
+
+def _check_forward(net: Net, forward: Forward) -> None:
+    if forward is inductive and net.apply_by_first is None:
         raise ValueError(
             "inductive normalises the queries by the support's statistics, but this network "
             "cannot choose its statistics. Use conv4 or resnet10, or transductive."
         )
-    n = len(support.x)
-    return net.apply_by_first(params, jnp.concatenate([support.x, x]), n)[n:]
 
 
 def descend(
@@ -68,12 +70,12 @@ def descend(
     extra: Callable[[Params], dict] = lambda params: {},
     loss: Loss = cross_entropy,
     forward: Forward = transductive,
-    adapts: Callable[[Role], bool] = lambda role: True,
 ) -> Learner:
     """`theta <- theta + inner(rule)(grad loss(theta; support))`, `steps` times from `params.net`.
 
     Args:
-      net: The network. Weights that its `mask` lacks stay where they are, whatever `inner` adds.
+      net: The network. Weights that its `mask` lacks, and `fixed` ones, stay where they are,
+        whatever `inner` adds.
       inner: Around `rule`; step i is handed `key=fold_in(key, i)`.
       steps: Number of inner steps, static.
       rule: `params.extra -> optax transform`, the inner optimiser. Adam and its kin need
@@ -81,12 +83,12 @@ def descend(
       extra: `initial weights -> params.extra`, what is learned beside the weights.
       loss: Of the support, and of the query in the outer loop.
       forward: `transductive` or `inductive` prediction of the queries.
-      adapts: Which leaves move, by their roles.
 
     Raises:
-      ValueError: `steps` is not a positive integer.
+      ValueError: `steps` is not a positive integer, or `forward` asks too much of the network.
     """
     check_count("steps", steps)
+    _check_forward(net, forward)
 
     def init(key: Array) -> MetaParams:
         params = net.init(key)
@@ -94,7 +96,7 @@ def descend(
 
     def moves(updates: Params) -> Params:
         chosen = jax.tree.map(
-            lambda u, role: u if adapts(role) else jnp.zeros_like(u), updates, net.roles
+            lambda u, role: jnp.zeros_like(u) if role.fixed else u, updates, net.roles
         )
         return chosen if net.mask is None else jax.tree.map(jnp.multiply, chosen, net.mask)
 
@@ -131,6 +133,8 @@ def descend(
         loss=loss,
         path=path,
         weights=lambda fast: fast.params,
+        forward=forward,
+        whole=not any(role.fixed for role in jax.tree.leaves(net.roles)),
     )
 
 
@@ -149,8 +153,9 @@ def prototypes(net: Net, inner: Wrap, *, forward: Forward = transductive) -> Lea
     no inner gradient for `inner` to change, so anything but `identity` is refused.
 
     Raises:
-      ValueError: `inner` is not `identity`.
+      ValueError: `inner` is not `identity`, or `forward` asks too much of the network.
     """
+    _check_forward(net, forward)
     if inner is not identity:
         raise ValueError(
             "A change of the inner-loop gradients was asked for, but protonet has no inner loop. "
@@ -171,4 +176,5 @@ def prototypes(net: Net, inner: Wrap, *, forward: Forward = transductive) -> Lea
         adapt=lambda key, params, support: embed(params, support),
         predict=predict,
         loss=cross_entropy,
+        forward=forward,
     )

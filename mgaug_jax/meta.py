@@ -255,6 +255,8 @@ def trainer(
         tx = now.outer(rule)
         updates, opt = tx.update(grads, state.opt, state.params, key=k_outer)
         params = jax.tree.map(jnp.add, state.params, updates)
+        if now.project is not None:
+            params = params._replace(net=now.project(state.params.net, params.net))
         return State(state.step + 1, params, opt), info
 
     return Trainer(init, step)

@@ -1,5 +1,7 @@
 """The algorithms by name: each a composition of a learner and a transform of its gradients."""
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -7,10 +9,23 @@ import jax.numpy as jnp
 import optax
 
 from mgaug_jax.checks import check_count, check_rate
-from mgaug_jax.learners import Forward, descend, prototypes, transductive
+from mgaug_jax.learners import descend, prototypes, transductive
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.perturb import before
-from mgaug_jax.types import Array, Loss, Method, Net, Params, identity
+from mgaug_jax.types import (
+    Algorithm,
+    Array,
+    Forward,
+    Learner,
+    Loss,
+    Method,
+    Modifier,
+    Net,
+    Params,
+    Role,
+    Wrap,
+    identity,
+)
 
 
 def maml(
@@ -55,28 +70,33 @@ def first_order(method: Method) -> Method:
     return method._replace(algorithm=algorithm)
 
 
-def anil(
-    net: Net,
-    *,
-    lr: float | Array = 0.01,
-    steps: int = 5,
-    loss: Loss = cross_entropy,
-    forward: Forward = transductive,
-) -> Method:
-    """ANIL (Raghu et al. 2020): MAML whose inner loop moves the head alone.
+def anil(net: Net, **options) -> Method:
+    """ANIL (Raghu et al. 2020): MAML whose inner loop moves the head alone; arguments as there.
 
     Raises:
       ValueError: The network does not say which layer is its head; or as `maml`.
     """
-    check_rate("lr", lr)
     if not any(role.head for role in jax.tree.leaves(net.roles)):
         raise ValueError(
             "anil adapts the head alone, but this network names none. Give the name of its last "
             "layer (from_linen(module, shape, head='Dense_1')), or use maml."
         )
+    return freeze(lambda role: not role.head)(maml(net, **options))
 
-    rule = lambda extra: optax.sgd(lr)
-    return _gradient_method(net, steps, rule, loss, forward, adapts=lambda role: role.head)
+
+def freeze(leaves: Callable[[Role], bool]) -> Modifier:
+    """The inner loop moves no weight whose role is among `leaves`; the outer loop does."""
+
+    def fixed(role: Role) -> Role:
+        return dataclasses.replace(role, fixed=role.fixed or leaves(role))
+
+    def modify(method: Method) -> Method:
+        def algorithm(net: Net, inner: Wrap) -> Learner:
+            return method.algorithm(net._replace(roles=jax.tree.map(fixed, net.roles)), inner)
+
+        return method._replace(algorithm=algorithm)
+
+    return modify
 
 
 def meta_sgd(
@@ -139,11 +159,15 @@ def lslr(
 
 def protonet(net: Net, *, forward: Forward = transductive) -> Method:
     """ProtoNet (Snell et al. 2017) on an embedding network (`way=None`); `forward` as in `maml`."""
-    return Method(net, partial(prototypes, forward=forward), identity, None, jnp.mean)
+    return _method(net, partial(prototypes, forward=forward))
 
 
 def _gradient_method(net: Net, steps, rule, loss, forward, **options) -> Method:
     algorithm = partial(descend, steps=steps, rule=rule, loss=loss, forward=forward, **options)
+    return _method(net, algorithm)
+
+
+def _method(net: Net, algorithm: Algorithm) -> Method:
     method = Method(net, algorithm, identity, None, jnp.mean)
     algorithm(net, method.inner)  # refuses bad settings here, not at the first step
     return method

@@ -73,7 +73,7 @@ def fresh_optimizer(method: Method) -> Method:
 
 def iterative_hard_thresholding(keep: float | Array, step: Array, *, every: int = 10) -> Modifier:
     """After every `every`-th meta-step all but the `keep` largest weights of a layer become 0;
-    which they are may change every time. Apply it after any other change of outer updates.
+    which they are may change every time. It has the last word on a meta-step, wherever it is put.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.
@@ -93,8 +93,8 @@ def dense_sparse_dense(keep: float | Array, step: Array, *, start: int, stop: in
     """Dense training up to step `start`, then only the `keep` largest weights of every layer, the
     others held at 0, and from step `stop` all of them again.
 
-    They are 0 between meta-steps: the inner loop moves them still, and the outer optimiser goes on
-    collecting their moments. Apply it after any other change of outer updates, which would end it.
+    They are 0 between meta-steps, whatever else changes the step: the inner loop moves them still,
+    and the outer optimiser goes on collecting their moments.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.
@@ -125,18 +125,19 @@ def _largest(w: Array, keep: float | Array) -> Array:
 
 
 def _thresholded(change: Callable[[Array, Array], Array]) -> Modifier:
-    """Prunable weights become `change(weights, weights after the update)`."""
+    """Prunable weights become `change(weights, weights after the step)`."""
 
     def modify(method: Method) -> Method:
-        if not any(role.prunable for role in jax.tree.leaves(method.net.roles)):
+        roles, earlier = method.net.roles, method.project
+        if not any(role.prunable for role in jax.tree.leaves(roles)):
             raise ValueError("Weights were to be thresholded, but this network has none to prune.")
 
-        def moved(u: Array, w: Array) -> Array:
-            after = w + u
-            wanted = change(w, after)
-            return jnp.where(wanted == after, u, wanted - w)  # no rounding where nothing changes
+        def project(before: Params, after: Params) -> Params:
+            after = after if earlier is None else earlier(before, after)
+            one = lambda role, w, moved: change(w, moved) if role.prunable else moved
+            return jax.tree.map(one, roles, before, after)
 
-        return outer_update(method, _on_leaves(method, lambda role: role.prunable, moved))
+        return method._replace(project=project)
 
     return modify
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.augmentations import augment
+from mgaug_jax.augmentations import augment, check_images
 from mgaug_jax.checks import check_count, check_rate
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Array, Examples, Modifier, Task
@@ -50,11 +50,7 @@ def photo_augment(
     def change(key: Array, task: Task) -> Task:
         def part(key: Array, examples: Examples) -> Examples:
             x = examples.x
-            if x.ndim != 4:
-                raise ValueError(
-                    f"Photographic transforms of examples of shape {x.shape[1:]} were asked for, "
-                    "but only images [h, w, c] can be; leave photo_augment out."
-                )
+            check_images(x, "Photographic transforms")
             pixels = jnp.clip(jnp.round((x * std + mean) * 255), 0, 255)
             changed = jax.vmap(transform)(jax.random.split(key, len(x)), pixels)
             return examples._replace(x=normalise(changed, mean, std))

@@ -93,10 +93,11 @@ def inequality(weight: float | Array, *, index: Index = theil) -> Modifier:
 
 def entropy(weight: float | Array) -> Modifier:
     """TAML by entropy: the objective plus `weight (H(adapted) - H(initial))`, H the mean entropy of
-    the query predictions in nats. For classes only.
+    the query predictions in nats.
 
     Raises:
-      ValueError: `weight` is negative or not a number.
+      ValueError: `weight` is negative or not a number, the method has no inner steps, or (at the
+        first step) its outputs are no classes.
     """
 
     def measure(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
@@ -113,7 +114,17 @@ def entropy(weight: float | Array) -> Modifier:
         adapted = learner.adapt(key, params, task.support)
         return of(adapted) - of(learner.start(params, task.support))
 
-    return _term(weight, measure, jnp.mean)
+    add = _term(weight, measure, jnp.mean)
+
+    def modify(method: Method) -> Method:
+        if method.algorithm(method.net, method.inner).path is None:
+            raise ValueError(
+                "TAML by entropy compares predictions before and after the inner loop, but "
+                "protonet has none; use the inequality form, or maml."
+            )
+        return add(method)
+
+    return modify
 
 
 def _term(weight: float | Array, measure, combine: Index) -> Modifier:

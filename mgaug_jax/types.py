@@ -54,6 +54,8 @@ class Role:
     """Belongs to the last layer."""
     block: int | None = None
     """Which of the network's blocks holds it, the head in the last; None: the net names none."""
+    fixed: bool = False
+    """The inner loop leaves it where it is."""
 
 
 class Net(NamedTuple):
@@ -87,6 +89,10 @@ class MetaParams(NamedTuple):
     extra: dict[str, Params]
 
 
+Forward = Callable[[Net, Params, Examples, Array], Array]
+"""`(net, params, support, x) -> outputs`: how the adapted network meets its queries."""
+
+
 class Learner(NamedTuple):
     """An inner loop.
 
@@ -99,6 +105,8 @@ class Learner(NamedTuple):
       path: As `adapt`, but the learner after every inner step, leading axis `steps`; None without
         inner steps.
       weights: `fast -> params` of the adapted network, where predictions are its outputs.
+      forward: How the adapted network meets its queries.
+      whole: Whether the inner loop moves every weight.
     """
 
     init: Callable[[Array], MetaParams]
@@ -108,6 +116,8 @@ class Learner(NamedTuple):
     loss: Loss
     path: Callable[[Array, MetaParams, Examples], Any] | None = None
     weights: Callable[[Any], Params] | None = None
+    forward: Forward | None = None
+    whole: bool = False
 
 
 Algorithm = Callable[[Net, Wrap], Learner]
@@ -183,6 +193,7 @@ class Method(NamedTuple):
       judge: Makes the outer loss of a task, for the full network and every view; None: the loss of
         the query after the last inner step.
       terms: What else the objective is made of.
+      project: `(weights before, weights after a meta-step) -> weights`, the last word on it.
     """
 
     net: Net
@@ -196,6 +207,7 @@ class Method(NamedTuple):
     augment: Callable[[Array, Task], Task] | None = None
     judge: Judge | None = None
     terms: tuple[Term, ...] = ()
+    project: Callable[[Params, Params], Params] | None = None
 
 
 Modifier = Callable[[Method], Method]

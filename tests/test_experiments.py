@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cli, compare, evaluate, runs, spec, store, train
+from experiments import cli, compare, evaluate, runs, spec, store, train, vocabulary
 from mgaug_jax import checkpoint, losses, nets
 
 ROOT = Path(__file__).parents[1]
@@ -268,7 +268,7 @@ def test_every_flag_says_what_it_is():
 
 
 def problem(way=3):
-    return spec.Problem(
+    return vocabulary.Problem(
         lambda outputs: nets.conv4(outputs, width=4, image=(16, 16, 1)),
         way,
         losses.cross_entropy,
@@ -277,14 +277,20 @@ def problem(way=3):
     )
 
 
-@pytest.mark.parametrize("algorithm", spec.ALGORITHMS)
-@pytest.mark.parametrize("modifier", ["", *spec.MODIFIERS])
+@pytest.mark.parametrize("algorithm", vocabulary.ALGORITHMS)
+@pytest.mark.parametrize("modifier", ["", *vocabulary.MODIFIERS])
 def test_every_algorithm_takes_every_modifier(algorithm, modifier):
     bare = modifier in {"first_order", "fresh_optimizer", "shuffle_labels", "aug"}
     bare |= modifier in {"maxup", "reptile"}
     text = f"{algorithm}|{modifier}({'' if bare else 0.9})" if modifier else algorithm
     inner = {"noise", "drop_grad", "first_order", "metamix", "multi_step_loss", "mr_weights"}
-    inner |= {"reptile"}
+    inner |= {"reptile", "taml_entropy"}
+    if modifier == "shift_targets" or (
+        algorithm == "anil" and modifier in {"reptile", "mr_weights"}
+    ):
+        with pytest.raises(cli.BadInput, match=r"use maml|use shuffle_labels"):
+            spec.method(text, problem())
+        return
     if algorithm == "protonet" and modifier in inner:
         with pytest.raises(cli.BadInput, match="protonet"):
             spec.method(text, problem())
@@ -302,7 +308,7 @@ def change_of(text, step, site="inner"):
         return method
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(spec.WORDS["site"], site, capture)
+        patch.setitem(vocabulary.WORDS["site"], site, capture)
         spec.method(f"fomaml|{text}", problem())(jnp.asarray(step))
     ones = {"w": jnp.ones(1000)}
     return np.asarray(captured["change"](jax.random.key(0), ones, ones)["w"])

@@ -16,9 +16,11 @@ from mgaug_jax import (
     cp,
     fomaml,
     inductive,
+    maml,
     mgaug,
     nets,
     pp,
+    protonet,
     pruning,
     trainer,
     transductive,
@@ -328,6 +330,12 @@ def test_apply_by_all_equals_apply(x64):
     x = jax.random.normal(jax.random.key(1), (3, 16, 16, 1))
     by_all = jax.jit(lambda params, x: net.apply_by_first(params, x, 3))(params, x)
     np.testing.assert_allclose(by_all, jax.jit(net.apply)(params, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [maml, protonet])
+def test_a_method_refuses_inductive_on_a_net_that_cannot(make):
+    with pytest.raises(ValueError, match="cannot choose its statistics"):
+        make(nets.mlp(), forward=inductive)
 
 
 def test_inductive_refuses_a_net_that_cannot():

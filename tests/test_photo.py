@@ -319,7 +319,7 @@ def test_it_follows_what_changes_tasks_already():
 
 def test_refusals_name_what_was_asked():
     flat = Examples(jnp.zeros((4, 7)), jnp.eye(2)[jnp.array([0, 0, 1, 1])])
-    with pytest.raises(ValueError, match=r"shape \(7,\) were asked for, but only images \[h, w, c"):
+    with pytest.raises(ValueError, match=r"Photographic transforms.*shape \(7,\) are not images"):
         photographed(Task(flat, flat))
     with pytest.raises(ValueError, match="images with 4 channels was asked for, but only 1"):
         photo.baseline(jax.random.key(18), jnp.zeros((8, 8, 4)))

@@ -44,9 +44,9 @@ from mgaug_jax import (
 )
 from mgaug_jax.augmentations import turn
 from mgaug_jax.bottleneck import divergence
+from mgaug_jax.learners import inductive
 from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.meta import subnet, task_keys
-from mgaug_jax.modifiers import compose
 from mgaug_jax.nets.adapters import net_of
 from mgaug_jax.nets.backbones import ConvNet, conv_roles
 from mgaug_jax.types import Examples, MetaParams, Task
@@ -233,6 +233,26 @@ def test_dense_sparse_dense_goes_through_its_phases(x64):
     assert not (zeros[6] & np.asarray(free)).any()  # dense again
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    "other", [weight_decay(1e-2), noise(1e-2, site=perturb.outer_update)], ids=["decay", "noise"]
+)
+def test_thresholding_has_the_last_word_wherever_it_is_put(x64, order, other):
+    method = fomaml(mlp(), lr=0.1, steps=1)
+    tasks, params = batch(), params_of(method)
+
+    def at(step):
+        prune = outer.dense_sparse_dense(0.4, step, start=1, stop=4)
+        return other(prune(method)) if order == "before" else prune(other(method))
+
+    path = steps(at, optax.adam(1e-2), 4, tasks, params)
+    zeros = [np.asarray(net["dense0"]["kernel"] == 0) for net in path]
+    assert zeros[0].sum() == 384 - round(0.4 * 384)
+    for later in zeros[1:]:
+        np.testing.assert_array_equal(later, zeros[0])
+    assert not any((net["head"]["kernel"] == 0).any() for net in path)
+
+
 def test_thresholding_needs_something_to_prune():
     net = nets.from_functions(lambda key: {"w": jnp.ones((3, 1))}, lambda p, x: x @ p["w"])
     with pytest.raises(ValueError, match="has none to prune"):
@@ -253,6 +273,8 @@ def test_thresholding_needs_something_to_prune():
         (lambda: rotate_classes(1.5), "rate=1.5"),
         (lambda: mr_weights(-1.0), "beta="),
         (lambda: mr_weights(1.0, blocks=0), "blocks=0"),
+        (lambda: mr_weights(1.0, start=-90.0), r"start=-90\.0 was asked for"),
+        (lambda: mr_weights(1.0, start="low"), "start='low' was asked for"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make, says):
@@ -407,10 +429,10 @@ def test_entropy_needs_classes(x64):
 # --- MetaMix and the multi-step loss ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("pruner", ["none", "pp"])
-def test_lambda_one_is_the_plain_query_loss(x64, pruner):
+@pytest.mark.parametrize(("net", "pruner"), [(mlp, "none"), (mlp, "pp"), (conv, "none")])
+def test_lambda_one_is_the_plain_query_loss(x64, net, pruner):
     views = {"none": lambda m: m, "pp": pp(keep=1.0, cap=1.0, subnets=1)}[pruner]
-    method = views(maml(mlp(), lr=0.5, steps=2))
+    method = views(maml(net(), lr=0.5, steps=2))
     tasks, params = batch(), params_of(method)
     mixed = metamix(law=lambda key: jnp.ones(()))(method)
     assert_close(gradient(mixed, params, tasks), gradient(method, params, tasks))
@@ -486,6 +508,8 @@ def test_outer_losses_refuse_each_other_and_what_they_cannot_do():
         metamix()(multi_step_loss()(method))
     with pytest.raises(ValueError, match="names its blocks"):
         metamix()(protonet(mlp()))
+    with pytest.raises(ValueError, match="transductive batch norm"):
+        metamix()(maml(nets.conv4(3, width=4, image=(16, 16, 1)), forward=inductive))
     with pytest.raises(ValueError, match="protonet has no inner steps"):
         multi_step_loss()(protonet(mlp()))
     own = nets.from_functions(lambda key: {"w": jnp.ones((3, 1))}, lambda p, x: x @ p["w"])
@@ -536,7 +560,7 @@ def test_freezing_all_but_the_head_is_anil(x64):
 def test_mr_weights_of_beta_zero_and_no_scale_is_maml_with_a_frozen_encoder(x64):
     tasks = batch()
     base = maml(mlp(), lr=0.5, steps=2)
-    method = mr_weights(0.0, start=-800.0)(base)
+    method = mr_weights(0.0, start=-80.0)(base)
     params = params_of(method)
     frozen = freeze(lambda role: role.block < 1)(base)
     want, _ = gradient(frozen, MetaParams(params.net, {}), tasks)
@@ -593,15 +617,40 @@ def test_the_encoder_is_drawn_around_its_mean_once_per_task_and_not_adapted(x64)
 def test_mr_weights_refuses_networks_without_an_encoder():
     with pytest.raises(ValueError, match=r"names 1\. Use"):
         mr_weights(1e-3)(maml(mlp(hidden=(6,))))
-    with pytest.raises(ValueError, match="protonet has none"):
-        mr_weights(1e-3)(protonet(mlp()))
+    twice = mr_weights(1e-3)(maml(mlp()))
+    for method in (protonet(mlp()), anil(mlp()), twice):
+        with pytest.raises(ValueError, match="takes one that moves every weight"):
+            mr_weights(1e-3)(method)
+
+
+def test_every_task_and_sub_network_meets_a_draw_of_its_own():
+    """Through a whole meta-step: the kernels that the forward passes are handed."""
+    plain, seen = mlp(), []
+
+    def spy(params, x):
+        jax.debug.callback(lambda w: seen.append(w.tobytes()), params["dense0"]["kernel"][:2])
+        return plain.apply(params, x)
+
+    tasks, subnets, steps = 3, 2, 2
+    base = maml(plain._replace(apply=spy), lr=0.1, steps=steps)
+    method = pp(keep=1.0, cap=1.0, subnets=subnets)(mr_weights(1e-3, start=-1.0)(base))
+    params = method.algorithm(method.net, method.inner).init(zero())
+    step = jax.jit(partial(meta_gradient, method))
+    jax.block_until_ready(step(zero(), params, make_tasks(zero(), tasks, shape=(8, 8, 1))))
+    jax.effects_barrier()
+    mean = np.asarray(params.net["dense0"]["kernel"][:2]).tobytes()
+    drawn = [kernel for kernel in seen if kernel != mean]  # the pruner looks at the mean
+    counts = Counter(drawn)
+    assert len(counts) == tasks * (1 + subnets)  # and the inner steps and the query share it
+    assert min(counts.values()) >= steps + 1
 
 
 # --- augmentation ---------------------------------------------------------------------------
 
 
 def changed(modifier, tasks, seed=0):
-    method = modifier(maml(mlp()))
+    classes = tasks.support.y.shape[-1] > 1
+    method = modifier(maml(mlp(), loss=cross_entropy if classes else squared_error))
     keys = task_keys(jax.random.key(seed), tasks)
     return jax.jit(jax.vmap(method.augment))(keys, tasks)
 
@@ -653,6 +702,14 @@ def test_classes_are_turned_whole_and_as_often_as_said(rate):
         assert abs(counts[k] - new / 3) <= 4.5 * (new * 2 / 9) ** 0.5
     if rate == 0:
         np.testing.assert_array_equal(after.support.x, tasks.support.x)
+
+
+def test_labels_and_targets_are_not_mistaken_for_each_other():
+    with pytest.raises(ValueError, match="use shuffle_labels"):
+        shift_targets()(maml(mlp()))
+    part = Examples(jnp.zeros((2, 3, 1)), jnp.zeros((2, 3, 1)))
+    with pytest.raises(ValueError, match="use shift_targets"):
+        changed(shuffle_labels(), Task(part, part))
 
 
 def test_turning_needs_square_images():
@@ -721,18 +778,22 @@ CHANGES = {
     "noise": noise(0.1),
     "noise-outer": noise(0.1, site=perturb.outer),
 }
-INNER = {"metamix", "multi_step", "reptile", "mr_weights", "noise"}
+INNER = {"metamix", "multi_step", "reptile", "mr_weights", "noise", "entropy"}
 JUDGES = {"metamix", "multi_step", "maxup", "reptile"}
 
 
-def check_traces(algorithm, pruner, names):
+def meaningless(algorithm, names) -> bool:
+    names = set(names)
+    return bool(
+        (algorithm == "protonet" and INNER & names)
+        or (algorithm == "anil" and {"reptile", "mr_weights"} & names)
+        or {"reptile", "mr_weights"} <= names
+        or len(JUDGES & names) > 1
+    )
+
+
+def trace(algorithm, pruner, names):
     method = PRUNERS[pruner](ALGORITHMS[algorithm]())
-    refused = (algorithm == "protonet" and INNER & set(names)) or len(JUDGES & set(names)) > 1
-    if refused:
-        change = compose(*(CHANGES[name] for name in reversed(names)))
-        with pytest.raises(ValueError, match=r"protonet|Two outer losses"):
-            change(method)
-        return
     for name in names:
         method = CHANGES[name](method)
     tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
@@ -742,6 +803,14 @@ def check_traces(algorithm, pruner, names):
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(after) == shapes(state)
     assert info["loss"].shape == ()
+
+
+def check_traces(algorithm, pruner, names):
+    """A step keeps the state's shapes, or what makes no sense is refused with a sentence."""
+    if not meaningless(algorithm, names):
+        return trace(algorithm, pruner, names)
+    with pytest.raises(ValueError, match=r"use maml|or maml|not protonet|protonet has|Two outer"):
+        trace(algorithm, pruner, names)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -933,6 +1002,24 @@ def test_reptile_steps_from_the_initial_to_the_mean_adapted_weights(x64, steps):
     assert float(info["loss"]) == pytest.approx(float(sum(losses) / 3), rel=1e-9)
 
 
-def test_reptile_needs_an_inner_loop():
-    with pytest.raises(ValueError, match="protonet has none"):
-        reptile()(protonet(mlp()))
+@pytest.mark.parametrize("make", [protonet, anil, lambda net: mr_weights(1e-3)(maml(net))])
+def test_reptile_needs_an_inner_loop_that_moves_every_weight(make):
+    with pytest.raises(ValueError, match="must move every weight"):
+        reptile()(make(mlp()))
+    on_top = freeze(lambda role: role.head)(reptile()(maml(mlp())))
+    params = on_top.algorithm(on_top.net, on_top.inner).init(zero())
+    with pytest.raises(ValueError, match="must move every weight"):
+        meta_gradient(on_top, zero(), params, batch())
+
+
+def test_maxup_refuses_what_is_no_image_and_changes_of_other_shapes():
+    vectors = make_tasks(zero(), 2, shape=(64,))
+    for change in (copies.cutmix, copies.erase, copies.self_mix):
+        with pytest.raises(ValueError, match="are not images"):
+            change(zero(), row(vectors, 0).query)
+    with pytest.raises(ValueError, match="are not images"):
+        copies.more_shots(zero(), row(vectors, 0))
+    method = maxup(pool=[copies.more_shots, copies.large_rotation])(protonet(mlp()))
+    params = method.algorithm(method.net, method.inner).init(zero())
+    with pytest.raises(ValueError, match="tasks of different shapes"):
+        meta_gradient(method, zero(), params, batch())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, runs, spec, store
+from experiments import cli, runs, spec, store, vocabulary
 from experiments.seeds import expand, over_seeds
 from mgaug_jax import losses, nets
 
@@ -94,6 +94,12 @@ def test_grid_refuses_the_table_of_another_problem(tmp_path):
     done("grid", *base)
     text = refused("grid", *base, "--shot=5")
     assert "another problem (shot differ)" in text
+
+
+def test_a_fresh_optimizer_refuses_a_schedule_of_its_rate(tmp_path):
+    methods = "--methods=maml|fresh_optimizer()"
+    text = refused("grid", *SINES, methods, "--schedule=cosine", f"--out={tmp_path}")
+    assert "--schedule=cosine was asked for, but fresh_optimizer begins it anew" in text
 
 
 def test_feedback_runs_its_phases(tmp_path):
@@ -254,7 +260,7 @@ def rows():
 
 
 def test_every_row_of_the_catalogue_is_a_method():
-    problem = spec.Problem(
+    problem = vocabulary.Problem(
         lambda way: nets.conv4(way, width=4, image=(16, 16, 3)),
         5,
         losses.cross_entropy,
