@@ -44,6 +44,9 @@ ROWS: Mapping[str, Row] = {
     "fomaml+taml-entropy": Row(f"{FOMAML}|aug()|taml_entropy(0.1)", "TAML's entropy form"),
     "fomaml+graddrop": Row(f"{FOMAML}|aug()|drop_grad(0.1)", "MGAug, Table 2, + GradDrop"),
     "fomaml+metamix": Row(f"{FOMAML}|aug()|metamix()", "MGAug, Table 2, + MetaMix"),
+    "fomaml+metamix-cs": Row(
+        f"{FOMAML}|aug()|metamix(shuffle=0.5,start=5000)", "MetaMix and Channel Shuffle"
+    ),
     "fomaml+mgaug-wp": Row(f"{FOMAML}|aug()|wp(keep=0.98)", "MGAug, Table 2; w_min as for CP"),
     "fomaml+mgaug-pp": Row(f"{FOMAML}|aug()|pp(keep=0.98)", "MGAug, Table 2; w_min as for CP"),
     "fomaml+mgaug-cp": Row(f"{FOMAML}|aug()|cp(keep=0.98)", "MGAug, Table 2; w_min of the code"),
@@ -77,6 +80,7 @@ ROWS: Mapping[str, Row] = {
     "reptile+iht": Row("maml(lr=0.01,steps=5)|reptile()|iht(keep=0.5)", "MetaPruning, IHT"),
     "maml+intrashuffle": Row("maml(lr=0.01,steps=5)|shuffle_labels()", "meta-augmentation"),
     "mr-maml": Row("maml(lr=0.01,steps=5)|mr_weights(beta=1e-5)", "MR-MAML(W)"),
+    "mr-maml-a": Row("maml(lr=0.01,steps=5)|mr_activations(beta=1e-2)", "MR-MAML(A); beta ours"),
 }
 
 FLAGS = flags.FLAGS

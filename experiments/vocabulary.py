@@ -125,9 +125,12 @@ def _aug(clock: Clock) -> Modifier:
     return photo.photo_augment(*clock.pixels)
 
 
-def _metamix(clock: Clock, alpha: float = 2.0) -> Modifier:
-    del clock
-    return judging.metamix(law=judging.beta_law(alpha))
+def _metamix(clock: Clock, alpha: float = 2.0, shuffle: float = 0.0, start: int = 0) -> Modifier:
+    """Channel Shuffle from step `start` on."""
+    check_count("start", start, 0)
+    check_probability("shuffle", shuffle, below_one=False)
+    rate = shuffle * (clock.step >= start) if start and shuffle else shuffle
+    return judging.metamix(law=judging.beta_law(alpha), shuffle=rate)
 
 
 def _maxup(clock: Clock, changes=None, **options) -> Modifier:
@@ -178,11 +181,12 @@ MODIFIERS: Mapping[str, Entry] = {
     "dsd": Entry(_dsd, ("keep", "start", "stop")),
     "taml_inequality": _plain(taml.inequality, "weight", "index"),
     "taml_entropy": _plain(taml.entropy, "weight"),
-    "metamix": Entry(_metamix, ("alpha",)),
+    "metamix": Entry(_metamix, ("alpha", "shuffle", "start")),
     "maxup": Entry(_maxup, ("copies", "changes", "level")),
     "reptile": _plain(judging.reptile),
     "multi_step_loss": Entry(_multi_step_loss, ("last", "ramp")),
     "mr_weights": _plain(bottleneck.mr_weights, "beta", "blocks", "start"),
+    "mr_activations": _plain(bottleneck.mr_activations, "beta", "blocks", "start"),
     "shuffle_labels": _plain(augmentations.shuffle_labels),
     "shift_targets": _plain(augmentations.shift_targets, "width"),
     "aug": Entry(_aug, ()),

@@ -7,7 +7,7 @@ method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 
 from mgaug_jax import data, episodes, losses, nets, outer, perturb, pruning, taml
 from mgaug_jax.augmentations import augment, rotate_classes, shift_targets, shuffle_labels
-from mgaug_jax.bottleneck import mr_weights
+from mgaug_jax.bottleneck import mr_activations, mr_weights
 from mgaug_jax.copies import maxup
 from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluation import evaluate, interval
@@ -74,6 +74,7 @@ __all__ = [
     "meta_sgd",
     "metamix",
     "mgaug",
+    "mr_activations",
     "mr_weights",
     "multi_step_loss",
     "nets",

@@ -1,8 +1,8 @@
-"""MR-MAML on weights (Yin et al. 2020): what is not adapted may hold little information.
+"""MR-MAML (Yin et al. 2020): what is not adapted may hold, or say, little.
 
-The encoder, the blocks that the inner loop does not move, has Gaussian weights `N(mu, s^2)` with
-learned mean and scale, whose divergence from N(0, 1) is a cost: what it says about the training
-tasks has to be paid for, and the adapted rest is left to carry it.
+The encoder, the blocks that the inner loop does not move, has Gaussian weights (W) or Gaussian
+outputs (A), whose divergence from N(0, 1) is a cost: what it says about the training tasks has to
+be paid for, and the adapted rest is left to carry it.
 """
 
 import math
@@ -12,18 +12,24 @@ import jax
 import jax.numpy as jnp
 
 from mgaug_jax.checks import check_count, check_rate, known
+from mgaug_jax.judging import with_judge
+from mgaug_jax.learners import transductive
+from mgaug_jax.meta import adapted_loss
 from mgaug_jax.methods import freeze
 from mgaug_jax.perturb import outer
 from mgaug_jax.types import (
     Array,
     Examples,
     Learner,
+    Make,
     MetaParams,
     Method,
     Modifier,
     Net,
     Params,
     Role,
+    Task,
+    Term,
     Wrap,
 )
 
@@ -31,12 +37,13 @@ Leaves = Callable[[Role], bool]
 
 
 def divergence(mean: Array, scale: Array) -> Array:
-    """`KL(N(mean, scale^2) || N(0, 1))`, summed over entries, in nats (Eq. 5)."""
-    return jnp.sum(-jnp.log(scale) + (jnp.square(scale) + jnp.square(mean) - 1) / 2)
+    """`KL(N(mean, scale^2) || N(0, 1))` of every entry, in nats."""
+    return -jnp.log(scale) + (jnp.square(scale) + jnp.square(mean) - 1) / 2
 
 
 def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) -> Modifier:
-    """MR-MAML(W): the objective plus `beta KL(N(mu, s^2) || N(0, 1))` of the encoder's kernels.
+    """MR-MAML(W): the objective plus `beta KL(N(mu, s^2) || N(0, 1))`, summed over the
+    encoder's kernels (Eq. 5).
 
     The encoder is every block but the last `blocks`, which alone are adapted, the head among them.
     Its kernels are drawn once per task and network, the same for support and query (paper); its
@@ -56,25 +63,10 @@ def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) ->
         network names no blocks or has no more than `blocks`, or the method's inner loop does not
         move every weight (protonet, anil, or a second `mr_weights`).
     """
-    check_rate("beta", beta)
-    check_count("blocks", blocks)
-    number = known(start)
-    if number is not None and not -80 <= number < math.inf:
-        raise ValueError(f"start={start!r} was asked for; take a number of -80 or more.")
+    _check(beta, blocks, start)
 
     def modify(method: Method) -> Method:
-        depth = method.net.depth
-        if depth <= blocks:
-            raise ValueError(
-                f"mr_weights leaves all but the last {blocks} blocks to the encoder, but this "
-                f"network names {depth}. Use conv4, resnet10 or an mlp of more layers."
-            )
-        if not method.algorithm(method.net, method.inner).whole:
-            raise ValueError(
-                "mr_weights says itself what the inner loop moves, so it takes one that moves "
-                "every weight; use maml, not protonet or anil, and mr_weights once."
-            )
-        encoder = lambda role: role.block < depth - blocks
+        encoder = _encoder("mr_weights", method, blocks)
         drawn = lambda role: encoder(role) and role.prunable
         base = freeze(encoder)(method).algorithm
 
@@ -93,8 +85,34 @@ def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) ->
     return modify
 
 
+def _check(beta, blocks: int, start) -> None:
+    check_rate("beta", beta)
+    check_count("blocks", blocks)
+    number = known(start)
+    if number is not None and not -80 <= number < math.inf:
+        raise ValueError(f"start={start!r} was asked for; take a number of -80 or more.")
+
+
+def _encoder(name: str, method: Method, blocks: int) -> Leaves:
+    """All but the last blocks, in a method that leaves to `name` what is adapted."""
+    depth = method.net.depth
+    if depth <= blocks:
+        raise ValueError(
+            f"{name} leaves all but the last {blocks} blocks to the encoder, but this network "
+            f"names {depth}. Use conv4, resnet10 or an mlp of more layers."
+        )
+    if not method.algorithm(method.net, method.inner).whole:
+        raise ValueError(
+            f"{name} says itself what the inner loop moves, so it takes one that moves every "
+            "weight; use maml, not protonet or anil, and one of mr_weights and mr_activations."
+        )
+    return lambda role: role.block is not None and role.block < depth - blocks
+
+
 def _total_divergence(net: Params, scale: Params, roles, drawn: Leaves) -> Array:
-    one = lambda role, w, s: divergence(w, jax.nn.softplus(s)) if drawn(role) else jnp.zeros(())
+    def one(role: Role, w: Array, s: Array) -> Array:
+        return jnp.sum(divergence(w, jax.nn.softplus(s))) if drawn(role) else jnp.zeros(())
+
     return sum(jax.tree.leaves(jax.tree.map(one, roles, net, scale)), start=jnp.zeros(()))
 
 
@@ -129,3 +147,81 @@ def _randomised(base: Learner, roles, drawn: Leaves, start: float) -> Learner:
         return base.path(*draw(key, params), support)
 
     return base._replace(init=init, adapt=adapt, path=path)
+
+
+def mr_activations(beta: float | Array, *, blocks: int = 1, start: float = 0.0) -> Modifier:
+    """MR-MAML(A): codes `z ~ N(h, s(h)^2)` in place of the encoder's outputs h, and the objective
+    plus `beta KL(N(h, s(h)^2) || N(0, 1))` (Eq. 3), the mean over the entries of the queries' codes
+    and over tasks (as released; a sum would be as many times larger).
+
+    The encoder is every block but the last `blocks`, which alone are adapted, the head among them.
+    `s(h) = softplus(h A + b)`, A `[c, c]` and b `[c]` in `params.extra["code"]`, along the last
+    axis of h, c its channels: the source has two linear layers on top of h for mean and scale, of
+    which we leave the mean's out, so that any network serves as it is (ours). Support and query
+    draw codes of their own in training; a test is at the mean, and so is CP's view before the inner
+    loop. Sub-networks draw too, on the channels they have; the divergence is of the full network.
+
+    Args:
+      beta: Weight of the divergence; may be traced. 5 on the source's sinusoids.
+      blocks: How many of the last blocks adapt.
+      start: First b, at least -80; A starts at 0.
+
+    Raises:
+      ValueError: As `mr_weights`; or the outer loss was replaced already, or predictions are
+        inductive.
+    """
+    _check(beta, blocks, start)
+
+    def modify(method: Method) -> Method:
+        encoder = _encoder("mr_activations", method, blocks)
+        depth = method.net.depth
+        cut = depth - blocks
+        base = freeze(encoder)(method).algorithm
+
+        def algorithm(net: Net, inner: Wrap) -> Learner:
+            learner = base(net, inner)
+
+            def init(key: Array) -> MetaParams:
+                params = learner.init(key)
+                c = len(_last(params.net, net.roles, cut))
+                code = {"kernel": jnp.zeros((c, c)), "bias": jnp.full(c, start, jnp.float32)}
+                return params._replace(extra={**params.extra, "code": code})
+
+            return learner._replace(init=init)
+
+        def encode(net: Net, params: MetaParams, x: Array) -> tuple[Array, Array]:
+            assert net.part is not None
+            h, code = net.part(params.net, x, 0, cut), params.extra["code"]
+            return h, jax.nn.softplus(h @ code["kernel"] + code["bias"])
+
+        def draw(key: Array, net: Net, params: MetaParams, part: Examples) -> Examples:
+            mean, scale = encode(net, params, part.x)
+            present = 1 if net.mask is None else _last(net.mask, net.roles, cut)
+            noise = jax.random.normal(key, mean.shape, mean.dtype)
+            return part._replace(x=mean + present * scale * noise)
+
+        def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+            part = net.part
+            assert part is not None
+            k_adapt, *k_codes = jax.random.split(key, 3)
+            codes = Task(*(draw(k, net, params, p) for k, p in zip(k_codes, task, strict=True)))
+            rest = net._replace(apply=lambda params, z: part(params, z, cut, depth))
+            return adapted_loss(k_adapt, rest, make, params, codes)
+
+        def cost(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
+            del key, learner
+            return beta * jnp.mean(divergence(*encode(method.net, params, task.query.x)))
+
+        return with_judge(
+            judge,
+            lambda net, learner: learner.forward is transductive,
+            "mr_activations draws codes inside the network, which takes transductive batch norm.",
+        )(method._replace(algorithm=algorithm, terms=(*method.terms, Term(cost, jnp.mean))))
+
+    return modify
+
+
+def _last(leaves: Params, roles, cut: int) -> Array:
+    """Of a tree like the network's, the vector of the encoder's last channels."""
+    pairs = zip(jax.tree.leaves(leaves), jax.tree.leaves(roles), strict=True)
+    return next(leaf for leaf, role in pairs if role.block == cut - 1 and role.width == 0)

@@ -14,7 +14,7 @@ from mgaug_jax.augmentations import check_images, turn_classes
 from mgaug_jax.checks import check_count
 from mgaug_jax.judging import with_judge
 from mgaug_jax.meta import adapted_loss
-from mgaug_jax.types import Array, Examples, Learner, MetaParams, Modifier, Net, Task
+from mgaug_jax.types import Array, Examples, Make, MetaParams, Modifier, Net, Task
 
 Change = Callable[[Array, Task], Task]
 Level = Callable[[Array], Array]
@@ -54,12 +54,14 @@ def maxup(
     if not pool:
         raise ValueError("maxup was given an empty pool; give it a change, or leave it out.")
 
-    def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
+    def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+        loss = make(net).loss
+
         def copy(i: Array):
             k_which, k_how, k_adapt = jax.random.split(jax.random.fold_in(key, i), 3)
             changed = _one_of(pool, k_which, k_how, task)
-            _, outputs = adapted_loss(k_adapt, net, learner, params, changed)
-            one = lambda output, y: learner.loss(output[None], y[None])
+            _, outputs = adapted_loss(k_adapt, net, make, params, changed)
+            one = lambda output, y: loss(output[None], y[None])
             return jax.vmap(one)(outputs, changed.query.y), outputs
 
         losses, outputs = jax.lax.map(copy, jnp.arange(copies))
@@ -184,11 +186,18 @@ def self_mix(key: Array, examples: Examples) -> Examples:
 
 
 def more_shots(key: Array, task: Task) -> Task:
-    """Shot augmentation: every support example once more, its image flipped left to right."""
-    del key
+    """Shot augmentation: every support example once more, its image moved by up to a tenth of its
+    height and width, zeros following, and flipped left to right. The source says flipped and
+    cropped; how far is ours.
+    """
     x, y = task.support
-    check_images(x, "Flipped supports")
-    support = Examples(jnp.concatenate([x, x[:, :, ::-1]]), jnp.concatenate([y, y]))
+    check_images(x, "Supports shown once more")
+    h, w = (max(1, side // 10) for side in x.shape[1:3])
+    padded = jnp.pad(x[:, :, ::-1], ((0, 0), (h, h), (w, w), (0, 0)))
+    start = jax.random.randint(key, (len(x), 2), 0, jnp.array([2 * h + 1, 2 * w + 1]))
+    crop = lambda x, start, size: jax.lax.dynamic_slice(x, (*start, 0), size)
+    moved = jax.vmap(partial(crop, size=x.shape[1:]))(padded, start)
+    support = Examples(jnp.concatenate([x, moved]), jnp.concatenate([y, y]))
     return task._replace(support=support)
 
 

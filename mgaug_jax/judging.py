@@ -1,4 +1,5 @@
-"""Other outer losses: MetaMix (Yao et al. 2021), MAML++'s multi-step loss, Reptile.
+"""Other outer losses: MetaMix with Channel Shuffle (Yao et al. 2021), MAML++'s multi-step loss,
+Reptile.
 
 Each takes the place of the query loss, for the full network and every sub-network, with its own
 draws. A method has one outer loss, so a second is refused.
@@ -10,12 +11,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_positive, check_probability
+from mgaug_jax.checks import check_positive, check_probability, known
 from mgaug_jax.learners import transductive
-from mgaug_jax.types import Array, Judge, Learner, MetaParams, Method, Modifier, Net, Task
+from mgaug_jax.losses import cross_entropy
+from mgaug_jax.types import (
+    Array,
+    Examples,
+    Judge,
+    Learner,
+    Make,
+    MetaParams,
+    Method,
+    Modifier,
+    Net,
+    Params,
+    Task,
+)
 
 Law = Callable[[Array], Array]
 """`key -> lambda`, a mixing weight in [0, 1]."""
+GROUPS = 6
+"""Of channels, of which Channel Shuffle exchanges one."""
 
 
 def beta_law(alpha: float | Array = 2.0) -> Law:
@@ -28,7 +44,7 @@ def beta_law(alpha: float | Array = 2.0) -> Law:
     return lambda key: jax.random.beta(key, alpha, alpha)
 
 
-def metamix(*, law: Law | None = None) -> Modifier:
+def metamix(*, law: Law | None = None, shuffle: float | Array = 0.0) -> Modifier:
     """MetaMix: the outer loss on a mixture of query and support, in front of one random block.
 
     `h = lambda h_query + (1 - lambda) h_support[perm]` before block l, l uniform over the blocks
@@ -39,39 +55,114 @@ def metamix(*, law: Law | None = None) -> Modifier:
     by each part's own statistics. The accuracy that a step reports compares the mixture's outputs
     with the query's labels.
 
+    Channel Shuffle makes new classes of a task's: in front of block l > 0, in the inner loop and
+    before mixing, every class takes one group of channels from the class after it in a random
+    cycle, the same group for all, and keeps its label. The groups are fixed, six of about equal
+    size (as released; the source's text draws channels at random). Where the released code decides
+    for a whole meta-batch, each task and network decides by itself.
+
     Args:
       law: Of lambda; `beta_law(2)` unless given.
+      shuffle: Probability of Channel Shuffle; 1/2 in the source after a warm-up without. May be
+        traced. Classes must have equally many examples.
 
     Raises:
       ValueError: The network names no blocks, the method's predictions are not a network's outputs
-        or are inductive, or its outer loss was replaced already.
+        or are inductive, its outer loss was replaced already, or `shuffle` is outside [0, 1] or
+        asked of a regression or a network of one block.
     """
     law = law or beta_law()
+    check_probability("shuffle", shuffle, below_one=False)
+    shuffles = known(shuffle) != 0
 
-    def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
-        assert net.part is not None  # `fits` says so
-        assert learner.weights is not None
-        k_adapt, k_law, k_layer, k_pairs = jax.random.split(key, 4)
-        theta = learner.weights(learner.adapt(k_adapt, params, task.support))
+    def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+        part_of = net.part
+        assert part_of is not None  # `fits` says so
+        k_adapt, k_law, k_layer, k_pairs, k_shuffle = jax.random.split(key, 5)
         lam, layer = law(k_law), jax.random.randint(k_layer, (), 0, net.depth)
+        exchange = lambda part: lambda h: h
+        if shuffles:
+            layer, exchange = _channel_shuffle(k_shuffle, shuffle, net.depth, layer, task)
+        at_layer = lambda i, change: lambda h: jnp.where(layer == i, change(h), h)
+
+        def inner(theta: Params, x: Array) -> Array:
+            for i in range(net.depth):
+                x = part_of(theta, at_layer(i, exchange(task.support))(x), i, i + 1)
+            return x
+
+        learner = make(net._replace(apply=inner) if shuffles else net)
+        assert learner.weights is not None
+        theta = learner.weights(learner.adapt(k_adapt, params, task.support))
         pairs = _pairs(k_pairs, len(task.query.x), len(task.support.x))
         mix = lambda query, support: lam * query + (1 - lam) * support[pairs]
         h, s = task.query.x, task.support.x
         for i in range(net.depth):
-            h = jnp.where(layer == i, mix(h, s), h)
-            h = net.part(theta, h, i, i + 1)
-            s = net.part(theta, s, i, i + 1) if i < net.depth - 1 else s
+            mixed = lambda h, s=s: mix(exchange(task.query)(h), exchange(task.support)(s))
+            h = part_of(theta, at_layer(i, mixed)(h), i, i + 1)
+            s = part_of(theta, s, i, i + 1) if i < net.depth - 1 else s
         return learner.loss(h, mix(task.query.y, task.support.y)), h
+
+    def fits(net: Net, learner: Learner) -> bool:
+        mixes = net.part is not None and learner.weights is not None
+        classes = learner.loss is cross_entropy and net.depth > 1
+        return mixes and learner.forward is transductive and (classes or not shuffles)
 
     return with_judge(
         judge,
-        lambda net, learner: (
-            net.part is not None and learner.weights is not None and learner.forward is transductive
-        ),
+        fits,
         "metamix mixes query and support in front of one of the network's blocks, which takes a "
         "network that names its blocks (conv4, resnet10, mlp), an inner loop (not protonet) and "
-        "transductive batch norm.",
+        "transductive batch norm; its channel shuffle takes classes and more than one block.",
     )
+
+
+def _channel_shuffle(key: Array, rate, depth: int, layer: Array, task: Task):
+    """The block to mix in front of, and what is done there to `h` of a part of the task: its
+    channels exchanged, with probability `rate`.
+    """
+    k_on, k_layer, k_order, k_group = jax.random.split(key, 4)
+    on = jax.random.bernoulli(k_on, rate)
+    layer = jnp.where(on, jax.random.randint(k_layer, (), 1, depth), layer)
+    order = jax.random.permutation(k_order, task.support.y.shape[-1])
+    group = jax.random.randint(k_group, (), 0, GROUPS)
+
+    def exchange(part: Examples) -> Callable[[Array], Array]:
+        givers = donors(part.y, order)
+        return lambda h: jnp.where(on & in_group(h.shape[-1], group), h[givers], h)
+
+    return layer, exchange
+
+
+def in_group(channels: int, group: Array) -> Array:
+    """`bool [channels]`, the channels of a group: twice three, the first of three taking what does
+    not divide (6, 5, 5, 6, 5, 5 of 32; 12, 10, 10, 12, 10, 10 of 64).
+    """
+    sizes = []
+    for half in (channels // 2, channels - channels // 2):
+        sizes += [half - 2 * (half // 3), half // 3, half // 3]
+    stops = jnp.cumsum(jnp.array(sizes))
+    place = jnp.arange(channels)
+    return (place < stops[group]) & (place >= stops[group] - jnp.array(sizes)[group])
+
+
+def donors(y: Array, order: Array) -> Array:
+    """For every example of `y [n, W]` the one of the same place in the next class of the cycle
+    `order [W]`.
+
+    Raises:
+      ValueError: The classes cannot have equally many examples.
+    """
+    n, way = y.shape
+    if n % way:
+        raise ValueError(
+            f"Channels were to be exchanged between {way} classes of equally many examples, but "
+            f"there are {n}; leave shuffle out."
+        )
+    label = jnp.argmax(y, axis=-1)
+    by_class = jnp.argsort(label, stable=True)
+    place = jnp.argsort(by_class) % (n // way)
+    following = order[(jnp.argsort(order) + 1) % way]
+    return by_class.reshape(way, -1)[following[label], place]
 
 
 def _pairs(key: Array, queries: int, supports: int) -> Array:
@@ -94,8 +185,8 @@ def multi_step_loss(last: float | Array = 0.0) -> Modifier:
     """
     check_probability("last", last, below_one=False)
 
-    def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
-        del net
+    def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+        learner = make(net)
         assert learner.path is not None
         path = learner.path(key, params, task.support)
         outputs = jax.vmap(lambda fast: learner.predict(fast, task.query.x))(path)
@@ -122,8 +213,8 @@ def reptile() -> Modifier:
         from that is put on top), or the outer loss was replaced already.
     """
 
-    def judge(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
-        del net
+    def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+        learner = make(net)
         assert learner.weights is not None
         everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
         fixed = jax.lax.stop_gradient(params)
@@ -156,16 +247,16 @@ def with_judge(
         if not fits(net, learner):
             raise ValueError(refusal)
 
-    def checked(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
-        check(net, learner)  # once more, for what a modifier on top has made of the learner
-        return judge(key, net, learner, params, task)
+    def checked(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+        check(net, make(net))  # once more, for what a modifier on top has made of the learner
+        return judge(key, net, make, params, task)
 
     def modify(method: Method) -> Method:
         check(method.net, method.algorithm(method.net, method.inner))
         if method.judge is not None:
             raise ValueError(
                 "Two outer losses were asked for, but a method has one; keep one of metamix, "
-                "multi_step_loss, maxup and reptile."
+                "multi_step_loss, maxup, reptile and mr_activations."
             )
         return method._replace(judge=checked)
 

@@ -13,7 +13,7 @@ from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.resize import resize_task
 from mgaug_jax.types import (
     Array,
-    Learner,
+    Make,
     MetaParams,
     Method,
     Net,
@@ -44,9 +44,9 @@ def subnet(net: Net, mask: Params) -> Net:
     )
 
 
-def adapted_loss(key: Array, net: Net, learner: Learner, params: MetaParams, task: Task):
+def adapted_loss(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
     """The plain judge: the loss of the query, and its outputs, after adapting on the support."""
-    del net
+    learner = make(net)
     outputs = learner.predict(learner.adapt(key, params, task.support), task.query.x)
     return learner.loss(outputs, task.query.y), outputs
 
@@ -70,9 +70,9 @@ def view(
 ) -> View:
     """Adapts the network (masked by `mask`, if given) on the support and judges it on the query."""
     net = method.net if mask is None else subnet(method.net, mask)
-    learner = method.algorithm(net, method.inner)
+    make = lambda net: method.algorithm(net, method.inner)
     judge = method.judge or adapted_loss
-    outer_loss = lambda params: judge(key, net, learner, params, task)
+    outer_loss = lambda params: judge(key, net, make, params, task)
     (loss, logits), grads = jax.value_and_grad(outer_loss, has_aux=True)(params)
     return View(loss, logits, grads)
 

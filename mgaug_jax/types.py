@@ -160,8 +160,11 @@ class Views(NamedTuple):
     active: bool | Array
 
 
-Judge = Callable[[Array, Net, Learner, MetaParams, Task], tuple[Array, Array]]
-"""`(key, net, learner, params, task) -> (outer loss, query outputs [n, d])`; it adapts itself."""
+Make = Callable[[Net], Learner]
+"""The learner of a network: an algorithm, the inner optimiser's surroundings being settled."""
+Judge = Callable[[Array, Net, Make, MetaParams, Task], tuple[Array, Array]]
+"""`(key, net, make, params, task) -> (outer loss, query outputs [n, d])`; it adapts itself, with
+the learner of `net` or of what it makes of it."""
 
 
 class Term(NamedTuple):

@@ -284,9 +284,9 @@ def test_every_algorithm_takes_every_modifier(algorithm, modifier):
     bare |= modifier in {"maxup", "reptile"}
     text = f"{algorithm}|{modifier}({'' if bare else 0.9})" if modifier else algorithm
     inner = {"noise", "drop_grad", "first_order", "metamix", "multi_step_loss", "mr_weights"}
-    inner |= {"reptile", "taml_entropy"}
+    inner |= {"reptile", "taml_entropy", "mr_activations"}
     if modifier == "shift_targets" or (
-        algorithm == "anil" and modifier in {"reptile", "mr_weights"}
+        algorithm == "anil" and modifier in {"reptile", "mr_weights", "mr_activations"}
     ):
         with pytest.raises(cli.BadInput, match=r"use maml|use shuffle_labels"):
             spec.method(text, problem())

@@ -25,6 +25,7 @@ from mgaug_jax import (
     meta_gradient,
     meta_sgd,
     metamix,
+    mr_activations,
     mr_weights,
     multi_step_loss,
     nets,
@@ -44,9 +45,10 @@ from mgaug_jax import (
 )
 from mgaug_jax.augmentations import turn
 from mgaug_jax.bottleneck import divergence
+from mgaug_jax.judging import donors, in_group
 from mgaug_jax.learners import inductive
 from mgaug_jax.losses import cross_entropy, squared_error
-from mgaug_jax.meta import subnet, task_keys
+from mgaug_jax.meta import subnet, task_keys, view
 from mgaug_jax.nets.adapters import net_of
 from mgaug_jax.nets.backbones import ConvNet, conv_roles
 from mgaug_jax.types import Examples, MetaParams, Task
@@ -275,6 +277,10 @@ def test_thresholding_needs_something_to_prune():
         (lambda: mr_weights(1.0, blocks=0), "blocks=0"),
         (lambda: mr_weights(1.0, start=-90.0), r"start=-90\.0 was asked for"),
         (lambda: mr_weights(1.0, start="low"), "start='low' was asked for"),
+        (lambda: mr_activations(-1.0), "beta="),
+        (lambda: mr_activations(1.0, blocks=0), "blocks=0"),
+        (lambda: mr_activations(1.0, start=-90.0), r"start=-90\.0 was asked for"),
+        (lambda: metamix(shuffle=1.5), "shuffle=1.5"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make, says):
@@ -488,6 +494,112 @@ def test_metamix_mixes_the_targets_of_a_regression(x64):
     assert float(info["loss"]) == pytest.approx(float(want), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("channels", "sizes"),
+    [(32, [6, 5, 5, 6, 5, 5]), (64, [12, 10, 10, 12, 10, 10]), (7, [1, 1, 1, 2, 1, 1])],
+)
+def test_channel_groups_are_the_released_ones_and_cover_every_channel_once(channels, sizes):
+    groups = np.stack([in_group(channels, jnp.asarray(g)) for g in range(6)])
+    assert groups.sum(1).tolist() == sizes
+    assert (groups.sum(0) == 1).all()
+    assert all(np.diff(np.flatnonzero(group)).max(initial=1) == 1 for group in groups)
+
+
+def test_a_class_is_given_channels_by_the_one_after_it_in_the_cycle():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels, order = rng.permutation(np.repeat(np.arange(4), 3)), rng.permutation(4).tolist()
+        found = np.asarray(donors(jnp.eye(4)[labels], jnp.asarray(order)))
+        for i, label in enumerate(labels):
+            giver = order[(order.index(label) + 1) % 4]
+            place = (labels[:i] == label).sum()
+            assert found[i] == np.flatnonzero(labels == giver)[place]
+    with pytest.raises(ValueError, match="equally many examples"):
+        donors(jnp.eye(3)[jnp.array([0, 1, 2, 0])], jnp.arange(3))
+
+
+@pytest.mark.parametrize("pruner", ["none", "wp"])
+def test_channel_shuffle_equals_its_equation_in_both_loops(x64, pruner):
+    """The whole meta-loss, by a loop that writes out every exchange."""
+    base = mlp(hidden=(8, 7, 6))
+    tasks = batch(1, 3, seed=4)
+    task, layers = row(tasks, 0), set()
+    method = maml(base, lr=0.5, steps=2)
+    params = params_of(method)
+    mask = None
+    net = base
+    if pruner == "wp":
+        mask = jax.tree.map(lambda leaf: jnp.ones(()), params.net)
+        mask["dense0"] = {"kernel": jnp.arange(8) < 6, "bias": jnp.arange(8) < 6}
+        net = subnet(base, mask)
+    once = jax.jit(lambda key: view(metamix(shuffle=1.0)(method), key, params, task, mask).loss)
+    for seed in range(6):
+        found = float(once(jax.random.key(seed)))
+        keys = jax.random.split(jax.random.key(seed), 5)
+        lam = float(jax.random.beta(keys[1], 2.0, 2.0))
+        _, k_layer, k_order, k_group = jax.random.split(keys[4], 4)
+        layer = int(jax.random.randint(k_layer, (), 1, 3))
+        order = np.asarray(jax.random.permutation(k_order, 3)).tolist()
+        group = int(jax.random.randint(k_group, (), 0, 6))
+        pairs = _pairing(keys[3], len(task.query.x), len(task.support.x))
+
+        def exchange(h, y, layer=layer, order=order, group=group):
+            width = (8, 7, 6)[layer - 1]
+            sizes = {8: [2, 1, 1, 2, 1, 1], 7: [1, 1, 1, 2, 1, 1], 6: [1] * 6}[width]
+            first = sum(sizes[:group])
+            labels = np.asarray(y).argmax(1)
+            rows = []
+            for i, label in enumerate(labels):
+                giver = np.flatnonzero(labels == order[(order.index(label) + 1) % 3])
+                other = h[giver[(labels[:i] == label).sum()]]
+                rows.append(
+                    h[i].at[first : first + sizes[group]].set(other[first : first + sizes[group]])
+                )
+            return jnp.stack(rows)
+
+        def fit(theta, layer=layer, exchange=exchange):
+            h = exchange(net.part(theta, task.support.x, 0, layer), task.support.y)
+            return cross_entropy(net.part(theta, h, layer, 3), task.support.y)
+
+        theta = params.net
+        for _ in range(2):
+            theta = jax.tree.map(lambda t, g: t - 0.5 * g, theta, jax.grad(fit)(theta))
+        h, s = (
+            exchange(net.part(theta, part.x, 0, layer), part.y)
+            for part in (task.query, task.support)
+        )
+        logits = net.part(theta, lam * h + (1 - lam) * s[pairs], layer, 3)
+        y = lam * task.query.y + (1 - lam) * task.support.y[pairs]
+        assert found == pytest.approx(float(cross_entropy(logits, y)), rel=1e-9)
+        layers.add(layer)
+    assert layers == {1, 2}
+
+
+def _pairing(key, queries, supports):
+    if queries == supports:
+        return np.asarray(jax.random.permutation(key, supports))
+    return np.asarray(jax.random.randint(key, (queries,), 0, supports))
+
+
+def test_a_channel_shuffle_that_never_happens_is_metamix(x64):
+    method, tasks = maml(mlp(), lr=0.5, steps=2), batch()
+    params = params_of(method)
+    want, _ = gradient(metamix()(method), params, tasks)
+    traced = jax.jit(
+        lambda rate: meta_gradient(metamix(shuffle=rate)(method), zero(), params, tasks)[0]
+    )
+    assert_close(traced(0.0), want)
+    assert differ(traced(1.0).net, want.net)
+
+
+def test_channel_shuffle_refuses_what_has_no_classes_or_no_hidden_layer():
+    regression = maml(nets.mlp((4, 4), inputs=2), loss=squared_error)
+    for method in (regression, maml(mlp(hidden=(6,)))):
+        metamix()(method)
+        with pytest.raises(ValueError, match="classes and more than one block"):
+            metamix(shuffle=0.5)(method)
+
+
 def test_multi_step_loss_is_the_mean_over_shorter_loops(x64):
     make = lambda steps: maml(mlp(), lr=0.5, steps=steps)
     tasks, params = batch(), params_of(make(1))
@@ -621,6 +733,94 @@ def test_mr_weights_refuses_networks_without_an_encoder():
     for method in (protonet(mlp()), anil(mlp()), twice):
         with pytest.raises(ValueError, match="takes one that moves every weight"):
             mr_weights(1e-3)(method)
+
+
+def test_mr_activations_of_beta_zero_and_no_scale_is_maml_with_a_frozen_encoder(x64):
+    tasks, base = batch(), maml(mlp(), lr=0.5, steps=2)
+    method = mr_activations(0.0, start=-80.0)(base)
+    params = params_of(method)
+    frozen = freeze(lambda role: role.block < 1)(base)
+    want, _ = gradient(frozen, MetaParams(params.net, {}), tasks)
+    got, _ = gradient(method, params, tasks)
+    assert_close(got.net, want.net)
+    # a test is at the mean whatever the scale
+    learners = [m.algorithm(m.net, m.inner) for m in (mr_activations(1.0)(base), frozen)]
+    support = row(tasks, 0).support
+    found = [learner.adapt(zero(), params, support).params for learner in learners]
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("net", [mlp, conv])
+def test_mr_activations_equals_its_equation(x64, net):
+    net, beta = net(), 0.3
+    method = mr_activations(beta, start=-1.0)(maml(net, lr=0.5, steps=2))
+    tasks, params = batch(2, 3), params_of(method)
+    code = jax.tree.map(
+        lambda leaf: leaf + np.random.default_rng(0).normal(size=leaf.shape) / 4,
+        params.extra["code"],
+    )
+    params = params._replace(extra={"code": code})
+    losses = []
+    k_inner, *_ = jax.random.split(jax.random.split(zero())[0], 3)
+    for key, i in zip(task_keys(k_inner, tasks), range(2), strict=True):
+        task, codes, cost = row(tasks, i), [], None
+        _, *keys = jax.random.split(key, 3)
+        for k, part in zip(keys, task, strict=True):
+            h = np.asarray(net.part(params.net, part.x, 0, 1))
+            s = np.log1p(np.exp(h @ np.asarray(code["kernel"]) + np.asarray(code["bias"])))
+            codes.append(h + s * np.asarray(jax.random.normal(k, h.shape, float)))
+            cost = np.mean(-np.log(s) + (s**2 + h**2 - 1) / 2)  # the query's in the end
+        z_support, z_query = map(jnp.asarray, codes)
+        theta = params.net
+
+        def fit(theta, z=z_support, task=task):
+            return cross_entropy(net.part(theta, z, 1, 2), task.support.y)
+
+        for _ in range(2):
+            theta = jax.tree.map(lambda t, g: t - 0.5 * g, theta, jax.grad(fit)(theta))
+        loss = cross_entropy(net.part(theta, z_query, 1, 2), task.query.y)
+        losses.append(float(loss) + beta * cost)
+    _, info = gradient(method, params, tasks)
+    assert float(info["loss"]) == pytest.approx(np.mean(losses), rel=1e-9)
+
+
+def test_the_divergence_of_codes_reaches_the_encoder_alone(x64):
+    tasks, base = batch(), maml(mlp(), lr=0.5, steps=2)
+    params = params_of(mr_activations(0.0)(base))
+    with_cost, without = (
+        gradient(mr_activations(beta)(base), params, tasks)[0] for beta in (1.0, 0.0)
+    )
+    # both have a term, so that their draws are the same
+    added = jax.tree.map(lambda a, b: a - b, with_cost, without)
+    assert float(jnp.abs(added.net["dense0"]["kernel"]).max()) > 1e-3
+    assert float(jnp.abs(added.extra["code"]["bias"]).max()) > 1e-3
+    for layer in ("dense1", "head"):
+        assert all((jnp.abs(leaf) < 1e-14).all() for leaf in jax.tree.leaves(added.net[layer]))
+
+
+def test_codes_of_a_sub_network_have_no_noise_on_channels_it_lacks(x64):
+    method = mr_activations(1.0, start=1.0)(maml(mlp(), lr=0.5, steps=2))
+    params, task = params_of(method), row(batch(), 0)
+    kept = jnp.arange(6) < 4
+    mask = jax.tree.map(lambda leaf: jnp.ones(()), params.net)
+    mask["dense0"] = {"kernel": kept, "bias": kept}
+    seen = jax.jit(partial(view, method))(zero(), params, task, mask)
+    rows = np.abs(np.asarray(seen.grads.net["dense1"]["kernel"])).max(1)
+    assert (rows[4:] == 0).all()
+    assert rows[:4].max() > 0
+
+
+def test_mr_activations_refuses_what_leaves_no_encoder_or_has_an_outer_loss():
+    with pytest.raises(ValueError, match=r"names 1\. Use"):
+        mr_activations(1e-3)(maml(mlp(hidden=(6,))))
+    for method in (protonet(mlp()), anil(mlp()), mr_weights(1e-3)(maml(mlp()))):
+        with pytest.raises(ValueError, match="takes one that moves every weight"):
+            mr_activations(1e-3)(method)
+    with pytest.raises(ValueError, match="Two outer losses"):
+        mr_activations(1e-3)(metamix()(maml(mlp())))
+    net = nets.conv4(3, width=4, image=(16, 16, 1))
+    with pytest.raises(ValueError, match="transductive batch norm"):
+        mr_activations(1e-3)(maml(net, forward=inductive))
 
 
 def test_every_task_and_sub_network_meets_a_draw_of_its_own():
@@ -769,25 +969,29 @@ CHANGES = {
     "inequality": taml.inequality(0.1),
     "entropy": taml.entropy(0.1),
     "metamix": metamix(),
+    "channel_shuffle": metamix(shuffle=0.5),
     "multi_step": multi_step_loss(),
     "maxup": maxup(copies=2),
     "reptile": reptile(),
     "mr_weights": mr_weights(1e-4),
+    "mr_activations": mr_activations(1e-4),
     "shuffle": shuffle_labels(),
     "rotate": rotate_classes(0.5),
     "noise": noise(0.1),
     "noise-outer": noise(0.1, site=perturb.outer),
 }
-INNER = {"metamix", "multi_step", "reptile", "mr_weights", "noise", "entropy"}
-JUDGES = {"metamix", "multi_step", "maxup", "reptile"}
+ENCODERS = {"mr_weights", "mr_activations"}
+JUDGES = {"metamix", "channel_shuffle", "multi_step", "maxup", "reptile", "mr_activations"}
+INNER = (JUDGES - {"maxup"}) | ENCODERS | {"noise", "entropy"}
 
 
 def meaningless(algorithm, names) -> bool:
     names = set(names)
     return bool(
         (algorithm == "protonet" and INNER & names)
-        or (algorithm == "anil" and {"reptile", "mr_weights"} & names)
-        or {"reptile", "mr_weights"} <= names
+        or (algorithm == "anil" and ({"reptile"} | ENCODERS) & names)
+        or ("reptile" in names and ENCODERS & names)
+        or names >= ENCODERS
         or len(JUDGES & names) > 1
     )
 
@@ -953,10 +1157,17 @@ def test_large_rotation_leaves_half_of_the_classes():
 
 
 def test_more_shots_doubles_the_support():
-    task = row(batch(), 0)
-    after = copies.more_shots(zero(), task)
-    np.testing.assert_array_equal(after.support.x[3:], task.support.x[:, :, ::-1])
-    np.testing.assert_array_equal(after.support.y, np.tile(task.support.y, (2, 1)))
+    task = row(batch(shape=(20, 12, 2)), 0)
+    moves = set()
+    for seed in range(20):
+        after = copies.more_shots(jax.random.key(seed), task)
+        np.testing.assert_array_equal(after.support.x[:3], task.support.x)
+        np.testing.assert_array_equal(after.support.y, np.tile(task.support.y, (2, 1)))
+        for before, copy in zip(task.support.x, np.asarray(after.support.x[3:]), strict=True):
+            flipped = np.pad(np.asarray(before)[:, ::-1], ((2, 2), (1, 1), (0, 0)))
+            crops = {(i, j): flipped[i : i + 20, j : j + 12] for i in range(5) for j in range(3)}
+            moves |= {move for move, crop in crops.items() if (crop == copy).all()}
+    assert len(moves) == 15
     method = maxup(pool=[copies.more_shots], copies=2)(protonet(mlp()))
     meta_gradient(method, zero(), method.algorithm(method.net, method.inner).init(zero()), batch())
 
