@@ -7,6 +7,7 @@ be paid for, and the adapted rest is left to carry it.
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,22 +150,30 @@ def _randomised(base: Learner, roles, drawn: Leaves, start: float) -> Learner:
     return base._replace(init=init, adapt=adapt, path=path)
 
 
+class Coded(NamedTuple):
+    """An adapted network, and the linear layers between its encoder and the rest."""
+
+    fast: Any
+    code: Params
+
+
 def mr_activations(beta: float | Array, *, blocks: int = 1, start: float = 0.0) -> Modifier:
-    """MR-MAML(A): codes `z ~ N(h, s(h)^2)` in place of the encoder's outputs h, and the objective
-    plus `beta KL(N(h, s(h)^2) || N(0, 1))` (Eq. 3), the mean over the entries of the queries' codes
-    and over tasks (as released; a sum would be as many times larger).
+    """MR-MAML(A): codes `z ~ N(mu, s^2)` between the encoder and the rest, and the objective plus
+    `beta KL(N(mu, s^2) || N(0, 1))` (Eq. 3), the mean over the entries of the queries' codes and
+    over tasks (as released; a sum would be as many times larger).
 
     The encoder is every block but the last `blocks`, which alone are adapted, the head among them.
-    `s(h) = softplus(h A + b)`, A `[c, c]` and b `[c]` in `params.extra["code"]`, along the last
-    axis of h, c its channels: the source has two linear layers on top of h for mean and scale, of
-    which we leave the mean's out, so that any network serves as it is (ours). Support and query
-    draw codes of their own in training; a test is at the mean, and so is CP's view before the inner
-    loop. Sub-networks draw too, on the channels they have; the divergence is of the full network.
+    Of its output h, with c channels along its last axis, are made `mu = h M + m` and
+    `s = softplus(h A + b)`, M and A `[c, c]`, m and b `[c]` in `params.extra["code"]`, not adapted
+    either. M starts as the identity, A and m at 0, so that at first a test meets the plain network
+    (ours: the source makes codes of 5 numbers). Support and query draw codes of their own in
+    training; a test is at the mean, and so is what CP sees before the inner loop. Sub-networks draw
+    too, on the channels they have; the divergence is of the full network.
 
     Args:
       beta: Weight of the divergence; may be traced. 5 on the source's sinusoids.
       blocks: How many of the last blocks adapt.
-      start: First b, at least -80; A starts at 0.
+      start: First b, at least -80.
 
     Raises:
       ValueError: As `mr_weights`; or the outer loss was replaced already, or predictions are
@@ -178,39 +187,68 @@ def mr_activations(beta: float | Array, *, blocks: int = 1, start: float = 0.0) 
         cut = depth - blocks
         base = freeze(encoder)(method).algorithm
 
-        def algorithm(net: Net, inner: Wrap) -> Learner:
-            learner = base(net, inner)
-
-            def init(key: Array) -> MetaParams:
-                params = learner.init(key)
-                c = len(_last(params.net, net.roles, cut))
-                code = {"kernel": jnp.zeros((c, c)), "bias": jnp.full(c, start, jnp.float32)}
-                return params._replace(extra={**params.extra, "code": code})
-
-            return learner._replace(init=init)
-
-        def encode(net: Net, params: MetaParams, x: Array) -> tuple[Array, Array]:
+        def encode(net: Net, weights: Params, code: Params, x: Array) -> tuple[Array, Array]:
             assert net.part is not None
-            h, code = net.part(params.net, x, 0, cut), params.extra["code"]
-            return h, jax.nn.softplus(h @ code["kernel"] + code["bias"])
-
-        def draw(key: Array, net: Net, params: MetaParams, part: Examples) -> Examples:
-            mean, scale = encode(net, params, part.x)
+            h = net.part(weights, x, 0, cut)
             present = 1 if net.mask is None else _last(net.mask, net.roles, cut)
-            noise = jax.random.normal(key, mean.shape, mean.dtype)
-            return part._replace(x=mean + present * scale * noise)
+            linear = lambda layer: h @ layer["kernel"] + layer["bias"]
+            return present * linear(code["mean"]), present * jax.nn.softplus(linear(code["scale"]))
 
-        def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
+        def rest(net: Net) -> Net:
+            """The adapted blocks alone, a network of codes."""
             part = net.part
             assert part is not None
+            decode = lambda weights, z: part(weights, z, cut, depth)
+            return net._replace(apply=decode, part=None, depth=blocks)
+
+        def algorithm(net: Net, inner: Wrap) -> Learner:
+            plain = base(net, inner)
+            if net.depth == blocks:
+                return plain
+
+            def at(code: Params) -> Learner:
+                """The learner whose every code is at its mean."""
+
+                def apply(weights: Params, x: Array) -> Array:
+                    return rest(net).apply(weights, encode(net, weights, code, x)[0])
+
+                return base(net._replace(apply=apply), inner)
+
+            def init(key: Array) -> MetaParams:
+                params = plain.init(key)
+                c = len(_last(params.net, net.roles, cut))
+                mean = {"kernel": jnp.eye(c), "bias": jnp.zeros(c)}
+                scale = {"kernel": jnp.zeros((c, c)), "bias": jnp.full(c, start, jnp.float32)}
+                code = {"mean": mean, "scale": scale}
+                return params._replace(extra={**params.extra, "code": code})
+
+            def begin(params: MetaParams, support: Examples) -> Coded:
+                code = params.extra["code"]
+                return Coded(at(code).start(params, support), code)
+
+            def adapt(key: Array, params: MetaParams, support: Examples) -> Coded:
+                code = params.extra["code"]
+                return Coded(at(code).adapt(key, params, support), code)
+
+            def predict(fast: Coded, x: Array) -> Array:
+                return at(fast.code).predict(fast.fast, x)
+
+            made = plain._replace(init=init, start=begin, adapt=adapt, predict=predict)
+            return made._replace(path=None, weights=None)
+
+        def draw(key: Array, net: Net, params: MetaParams, part: Examples) -> Examples:
+            mean, scale = encode(net, params.net, params.extra["code"], part.x)
+            return part._replace(x=mean + scale * jax.random.normal(key, mean.shape, mean.dtype))
+
+        def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
             k_adapt, *k_codes = jax.random.split(key, 3)
             codes = Task(*(draw(k, net, params, p) for k, p in zip(k_codes, task, strict=True)))
-            rest = net._replace(apply=lambda params, z: part(params, z, cut, depth))
-            return adapted_loss(k_adapt, rest, make, params, codes)
+            return adapted_loss(k_adapt, rest(net), make, params, codes)
 
         def cost(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
             del key, learner
-            return beta * jnp.mean(divergence(*encode(method.net, params, task.query.x)))
+            code = encode(method.net, params.net, params.extra["code"], task.query.x)
+            return beta * jnp.mean(divergence(*code))
 
         return with_judge(
             judge,
