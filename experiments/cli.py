@@ -1,14 +1,17 @@
 """How every entry point starts and ends: flags, one-sentence refusals, exit codes.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 3 a value that is not finite.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 a value that is not finite, 75 interrupted and can be
+continued.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from absl import flags
 
-EXIT_BAD_INPUT, EXIT_NOT_FINITE = 2, 3
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 75
 HELP = ("help", "h", "?", "helpfull", "helpshort")
 
 
@@ -20,12 +23,54 @@ class NotFinite(ArithmeticError):
     """Training met a value that is not finite; the text says where and what to do."""
 
 
+class Failed(RuntimeError):
+    """The machine does not let the work go on; the text says what was in its way."""
+
+
+class Interrupted(BaseException):
+    """A signal ended the work; the text says what is kept and how to go on."""
+
+
+class Interruption:
+    """While it is entered, the first SIGTERM or SIGINT sets `requested`, and the second ends the
+    process as it would without it.
+
+    With a text in `at_once` the first signal raises `Interrupted` with that text instead, which is
+    for work that has nothing to save.
+    """
+
+    def __init__(self, at_once: str = ""):
+        self.requested = False
+        self.at_once = at_once
+
+    def __enter__(self) -> "Interruption":
+        self.before = {s: signal.signal(s, self._heed) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _heed(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.requested = True
+        self._restore()
+        if self.at_once:
+            raise Interrupted(self.at_once)
+        name = signal.Signals(number).name
+        print(f"{name}: ending after this step; once more ends at once", file=sys.stderr)
+
+
 def start(main: Callable[[Sequence[str]], int | None], usage: str, positional: str = "") -> None:
     """Parses the flags, runs `main(positional arguments)` and exits.
 
     `--help` prints `usage` and the flags of the calling module and exits 0. A flag that does not
     parse, an unknown flag, an argument where none belongs and every `BadInput` print one sentence
-    and exit 2, where absl would exit 1 or carry on; `NotFinite` exits 3.
+    and exit 2, where absl would exit 1 or carry on; `NotFinite` exits 3, `Interrupted` 75, and
+    what the operating system refuses 1.
 
     Args:
       main: Returns an exit code, None for 0.
@@ -51,6 +96,17 @@ def _start(main, usage: str, positional: str) -> int:
         if positional and not arguments:
             raise BadInput(f"nothing to read; give one {positional} or more.")
         return main(arguments) or 0
-    except (flags.Error, BadInput, NotFinite) as error:
-        print(f"error: {str(error).strip()}", file=sys.stderr)
-        return EXIT_NOT_FINITE if isinstance(error, NotFinite) else EXIT_BAD_INPUT
+    except (flags.Error, BadInput, NotFinite, Failed, OSError, Interrupted) as error:
+        what = "interrupted" if isinstance(error, Interrupted) else "error"
+        print(f"{what}: {str(error).strip()}", file=sys.stderr)
+        return next(code for kind, code in EXITS.items() if isinstance(error, kind))
+
+
+EXITS: dict[type[BaseException], int] = {
+    flags.Error: EXIT_BAD_INPUT,
+    BadInput: EXIT_BAD_INPUT,
+    NotFinite: EXIT_NOT_FINITE,
+    Interrupted: EXIT_INTERRUPTED,
+    Failed: EXIT_FAILED,
+    OSError: EXIT_FAILED,
+}

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+POINTS = 200
+
 
 def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
     """Loss and score over meta-steps, with the test result and what it must beat, as a PNG."""
@@ -16,17 +18,21 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
     metric = results["metric"]
     train = [record for record in records if "loss" in record]
     validation = [record for record in records if f"val_{metric}" in record]
-    steps = [record["step"] for record in train]
+
+    def curve(name: str) -> np.ndarray:
+        """Means over neighbouring steps, so many points as can be told apart."""
+        values = np.array([record[name] for record in train])
+        return np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))])
+
+    steps = curve("step")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
 
-    left.plot(steps, [record["query_loss"] for record in train], color="#0072b2", lw=1)
+    left.plot(steps, curve("query_loss"), color="#0072b2", lw=1)
     left.set(xlabel="meta-step", ylabel="query loss after adaptation (training)")
     left.set_ylim(bottom=0)
 
     shown = "accuracy" if metric == "accuracy" else "query_loss"
-    right.plot(
-        steps, [record[shown] for record in train], color="#999999", lw=1, label="training tasks"
-    )
+    right.plot(steps, curve(shown), color="#999999", lw=1, label="training tasks")
     at = [record["step"] for record in validation]
     mean = np.array([record[f"val_{metric}"] for record in validation])
     half = np.array([record["val_half_width"] for record in validation])

@@ -389,15 +389,18 @@ class Saved(NamedTuple):
       best: Meta-parameters.
       best_step: Their step.
       best_score: Their validation score; NaN before any was finite.
+      skipped: Updates that were not finite and left out.
     """
 
     state: meta.State
     best: MetaParams
     best_step: Array
     best_score: Array
+    skipped: Array
 
 
 def begin(made: Setup) -> Saved:
     """What a run starts from."""
     state = jax.jit(made.trainer.init)(keys(made.config.seed)[0])
-    return Saved(state, state.params, jnp.zeros((), jnp.int32), jnp.full((), jnp.nan))
+    zero = jnp.zeros((), jnp.int32)
+    return Saved(state, state.params, zero, jnp.full((), jnp.nan), zero)

@@ -4,9 +4,12 @@ Whatever is written is written whole or not at all.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import jax
 import numpy as np
 
 import mgaug_jax
-from experiments import runs
+from experiments import runs, spec
 from experiments.cli import BadInput
 from mgaug_jax import checkpoint
+
+LOCK = ".lock"
 
 
 def output(name: str | None) -> Path:
@@ -44,19 +49,72 @@ def read_config(folder: Path) -> runs.Config:
       BadInput: `folder` is not a run.
     """
     try:
-        record = json.loads((folder / "config.json").read_text())
-        return runs.Config(**record["config"])
+        return _config(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{folder} is not a run folder ({error}); give one that experiments.train wrote."
         ) from error
 
 
+def _config(record: dict[str, Any]) -> runs.Config:
+    return runs.Config(**record["config"])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to a run's folder; a process that dies gives it free.
+
+    Raises:
+      BadInput: Another process has it.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise BadInput(
+                f"{folder} is in use by process {file.read().strip() or 'of unknown number'}; "
+                "wait until it ends, or choose another --out."
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def identity(made: runs.Setup) -> dict[str, Any]:
+    """What a run is: the configuration, what the data were, and the versions."""
+    return {
+        "config": dataclasses.asdict(made.config),
+        "digests": made.digests,
+        "versions": versions(),
+    }
+
+
 def write_config(folder: Path, made: runs.Setup) -> None:
-    """Writes `config.json`: the configuration, what the data were, and the versions."""
-    config = dataclasses.asdict(made.config)
-    record = {"config": config, "digests": made.digests, "versions": versions()}
-    write_json(folder / "config.json", record)
+    """Writes `config.json`: the identity of the run."""
+    write_json(folder / "config.json", identity(made))
+
+
+def same_run(old: runs.Config, new: runs.Config, where: Path) -> None:
+    """Refuses to continue a run with a setting that changes what it computes.
+
+    Raises:
+      BadInput: One of `new` does.
+    """
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    spans = new.schedule != "constant" or spec.spans_run(new.method)
+    free = {"data_dir"} | (set() if spans else {"steps"})
+    changed = [
+        f"--{name} is {after[name]!r} but was {before[name]!r}"
+        for name in before
+        if before[name] != after[name] and name not in free
+    ]
+    if changed:
+        raise BadInput(
+            f"{where} cannot be resumed with other settings: {'; '.join(changed)}. "
+            "Give the same flags, or another --out."
+        )
 
 
 def check_digests(folder: Path, made: runs.Setup) -> None:
@@ -96,6 +154,7 @@ def versions() -> dict[str, str]:
         "jax": jax.__version__,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
     }
 
 
@@ -106,17 +165,38 @@ def save_episodes(folder: Path, scores: dict[str, np.ndarray], identity: dict[st
     np.savez(folder / "episodes.npz", identity=stored, episode=numbers, **scores)
 
 
-def restore(made: runs.Setup, folder: Path) -> runs.Saved:
-    """The newest checkpoint of a run.
+def save(made: runs.Setup, folder: Path, saved: runs.Saved) -> None:
+    """Writes a checkpoint of a run.
 
     Raises:
-      BadInput: There is none that can be read.
+      checkpoint.SaveError: It cannot be written.
+    """
+    step = int(saved.state.step)
+    checkpoint.save(folder / "checkpoints", step, saved, identity=identity(made))
+
+
+def restore(made: runs.Setup, folder: Path, quarantine: bool = False) -> runs.Saved:
+    """The newest checkpoint of a run. Says so where going on from it is not bit-exact.
+
+    Raises:
+      BadInput: There is none that can be read, or it is of another run.
     """
     try:
         like = jax.eval_shape(lambda: runs.begin(made))
-        return checkpoint.restore(folder / "checkpoints", like)[1]
+        found = checkpoint.restore(folder / "checkpoints", like, quarantine=quarantine)
     except checkpoint.CheckpointError as error:
         raise BadInput(f"{folder} has no checkpoint that can be read: {error}") from error
+    try:
+        before, then = _config(found.identity), found.identity["versions"]
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{folder}/checkpoints are of another version's runs ({error}).") from error
+    same_run(before, made.config, folder / "checkpoints")
+    now = versions()
+    if other := [
+        f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)
+    ]:
+        print(f"note: not bit-exact to what came before: {', '.join(other)}")
+    return found.tree
 
 
 class Records:
@@ -134,8 +214,9 @@ class Records:
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
         if self.board is not None:
-            for name in record.keys() - {"step"}:
-                self.board.add_scalar(name, record[name], record["step"])
+            for name, value in record.items():
+                if name != "step" and not isinstance(value, str):
+                    self.board.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> "Records":
         return self

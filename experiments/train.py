@@ -11,8 +11,10 @@ drop_grad (rate, site, factors, ramp), l2 (weight), first_order. The defaults ru
 glyphs, 5-way 1-shot.
 
 A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
-validation), results.json, episodes.npz (the score of every test episode) and curves.png. It exits 0
-when done, 2 on bad input, 3 on a loss that is not finite.
+validation), results.json, episodes.npz (the score of every test episode) and curves.png. SIGTERM or
+Ctrl-C saves and ends the run after the step (twice: at once); --resume goes on as if nothing had
+been. It exits 0 when done, 2 on bad input, 3 on what is not finite, 75 when interrupted, 1 on what
+the machine refuses (a full disk).
 """
 
 import dataclasses
@@ -29,11 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, spec, store
+from experiments import cli, plots, problem, runs, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
 
 CHUNK = 25
+"""Most meta-steps between two looks at signals and numbers."""
+SECONDS = 2.0
+SAVES = 3
+"""So many checkpoints in a row that cannot be written end the run."""
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
@@ -41,51 +47,63 @@ flags.DEFINE_string("method", "fomaml(lr=0.1,steps=5)|cp(keep=0.98)", "Spec of t
 flags.DEFINE_integer("eval_every", 100, "Meta-steps between validations and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of the initial network and of training.")
 flags.DEFINE_string("out", None, "Run folder. Default: a new one under runs/, named by the spec.")
+flags.DEFINE_integer(
+    "skip_nonfinite", 0, "So many updates that are not finite are left out before the run ends."
+)
 flags.DEFINE_bool("resume", False, "Continue the run in --out from its last checkpoint.")
 
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    if FLAGS.skip_nonfinite < 0:
+        raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
     made = runs.setup(config, say=print)
     folder = run_folder(made, FLAGS.out, FLAGS.resume)
-    print(f"{config.method} on {config.task} -> {folder}")
-    judge = runs.evaluator(made)
-    begin = time.monotonic()
-    train(made, judge, folder)
-    runs.print_results(report(made, judge, folder, begin))
+    with store.locked(folder):
+        claim(made, folder, FLAGS.resume)
+        print(f"{config.method} on {config.task} -> {folder}")
+        judge = runs.evaluator(made)
+        begin = time.monotonic()
+        with cli.Interruption() as stop:
+            train(made, judge, folder, stop, FLAGS.skip_nonfinite)
+        again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
+        with cli.Interruption(at_once=again):
+            runs.print_results(report(made, judge, folder, begin))
     return 0
 
 
 def run_folder(made: runs.Setup, out: str | None, resume: bool) -> Path:
-    """The folder to write to, new or resumed.
+    """The folder to write to, made if need be.
 
     Raises:
-      BadInput: It holds a run and `resume` is not set, or the run in it is another one.
+      BadInput: It cannot be.
     """
     if out is None and resume:
         raise cli.BadInput("--resume needs --out, the folder of the run to continue.")
-    folder = Path(out) if out else Path("runs") / slug(made.config)
-    try:
-        if out is None:
-            folder = _fresh(folder)
-        if (folder / "config.json").exists():
-            if not resume:
-                raise cli.BadInput(
-                    f"{folder} holds a run already; continue it with --resume or choose another "
-                    "--out."
-                )
-            _same_run(store.read_config(folder), made.config, folder)
-            store.check_digests(folder, made)
-        elif resume:
-            raise cli.BadInput(f"{folder} holds no run to resume; leave --resume out to start one.")
-        elif folder.exists() and any(folder.iterdir()):
-            raise cli.BadInput(f"{folder} is not empty; choose another --out.")
-        folder.mkdir(parents=True, exist_ok=True)
-        store.write_config(folder, made)
-    except OSError as error:
-        raise cli.BadInput(f"cannot write to {folder}: {error.strerror}.") from error
-    return folder
+    folder = Path(out) if out else _fresh(Path("runs") / slug(made.config))
+    if resume and not (folder / "config.json").exists():
+        raise cli.BadInput(f"{folder} holds no run to resume; leave --resume out to start one.")
+    return store.output(str(folder))
+
+
+def claim(made: runs.Setup, folder: Path, resume: bool) -> None:
+    """Makes the folder that of this run, new or resumed.
+
+    Raises:
+      BadInput: It holds a run and `resume` is not set, the run in it is another one, or it holds
+        something else.
+    """
+    if (folder / "config.json").exists():
+        if not resume:
+            raise cli.BadInput(
+                f"{folder} holds a run already; continue it with --resume or choose another --out."
+            )
+        store.same_run(store.read_config(folder), made.config, folder)
+        store.check_digests(folder, made)
+    elif any(path.name != store.LOCK for path in folder.iterdir()):
+        raise cli.BadInput(f"{folder} is not empty; choose another --out.")
+    store.write_config(folder, made)
 
 
 def slug(config: runs.Config) -> str:
@@ -103,92 +121,139 @@ def _fresh(folder: Path) -> Path:
     return free
 
 
-def _same_run(old: runs.Config, new: runs.Config, folder: Path) -> None:
-    """Refuses to continue a run with a setting that changes what it computes."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    spans = new.schedule != "constant" or spec.spans_run(new.method)
-    free = {"data_dir"} | (set() if spans else {"steps"})
-    changed = [
-        f"--{name} is {after[name]!r} but was {before[name]!r}"
-        for name in before
-        if before[name] != after[name] and name not in free
-    ]
-    if changed:
-        raise cli.BadInput(
-            f"{folder} cannot be resumed with other settings: {'; '.join(changed)}. "
-            "Give the same flags, or another --out."
-        )
-
-
-def train(made: runs.Setup, judge, folder: Path) -> None:
-    """Runs to `config.steps` in compiled chunks.
+def train(made: runs.Setup, judge, folder: Path, stop: cli.Interruption, skip: int = 0) -> None:
+    """Runs to `config.steps` in compiled chunks, none much longer than `SECONDS`.
 
     Raises:
-      NotFinite: A loss or a validation score is not.
+      NotFinite: More than `skip` updates are not, or a validation score is not.
+      Interrupted: `stop` was requested; the state is saved.
+      Failed: The state cannot be saved.
     """
     config = made.config
     _, k_train = runs.keys(config.seed)
     saved, done = begin(made, folder)
-    step = partial(jax.jit, static_argnames="steps", donate_argnames="state")(
-        lambda key, state, data, steps: meta.run(made.trainer, made.sample, key, state, data, steps)
+    advance = jax.jit(
+        partial(meta.advance, made.trainer, made.sample, capacity=CHUNK, skip=skip > 0),
+        donate_argnums=1,
     )
-    state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away to `step`
+    state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
+    size, failures = 1, 0
     with store.Records(folder) as records:
-        while done < config.steps:
+        while done < config.steps and not stop.requested:
             to_evaluation = config.eval_every - done % config.eval_every
-            count = min(CHUNK, to_evaluation, config.steps - done)
-            state, info = step(k_train, state, made.splits["train"], steps=count)
+            count = min(size, to_evaluation, config.steps - done)
+            before = time.monotonic()
+            state, info, filled = advance(k_train, state, made.splits["train"], count)
+            rows = range(int(filled))
+            size = chunk_size((time.monotonic() - before) / len(rows))
             info = jax.device_get(info)
-            bad = np.flatnonzero(~np.isfinite(info["loss"]))
-            if bad.size:
+            steps = [jax.tree.map(lambda leaf, i=i: leaf[i], info) for i in rows]
+            skipped = record_steps(records, done, steps)
+            saved = saved._replace(skipped=saved.skipped + len(skipped))
+            if int(saved.skipped) > skip:
                 progress.close()
-                raise _not_finite(folder, f"loss of step {done + bad[0]}")
-            done += count
-            means = {name: float(values.mean()) for name, values in info.items()}
-            records.add({"step": done} | means)
-            note = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                raise _not_finite(folder, skipped[-1], skip)
+            done += len(steps)
+            note = f"loss {np.mean([step['loss'] for step in steps]):.3f}"
             line = progress.at(done, note)
-            if done % config.eval_every and done < config.steps:
-                continue
-            scores = judge(
-                state.params, made.splits["val"], runs.VALIDATION_SEED, runs.VALIDATION_EPISODES
-            )
-            found = runs.summary(scores.adapted)
-            if not math.isfinite(found["mean"]):
+            evaluates = done % config.eval_every == 0 or done == config.steps
+            if evaluates:
+                saved, found = validate(made, judge, saved, state, done)
+                records.add({"step": done} | found)
                 progress.close()
-                raise _not_finite(folder, f"validation score after step {done}")
-            best = saved.best, saved.best_step, saved.best_score
-            if is_better(made.metric, found["mean"], float(saved.best_score)):
-                best = jax.tree.map(jnp.array, state.params), done, found["mean"]
-            saved = runs.Saved(state, best[0], jnp.int32(best[1]), jnp.float32(best[2]))
-            records.add(
-                {
-                    "step": done,
-                    f"val_{made.metric}": found["mean"],
-                    "val_half_width": found["half_width"],
-                    "val_step0": float(scores.initial.mean()),
-                }
-            )
-            checkpoint.save(folder / "checkpoints", done, saved)
-            progress.close()
-            print(
-                f"{line}  validation {found['mean']:.3f} +- {found['half_width']:.3f}", flush=True
-            )
+                mean, half = found[f"val_{made.metric}"], found["val_half_width"]
+                print(f"{line}  validation {mean:.3f} +- {half:.3f}", flush=True)
+                if not math.isfinite(mean):
+                    raise _not_finite(folder, f"validation score after step {done}", 0)
+            if evaluates or stop.requested:
+                saved = saved._replace(state=state)
+                failures = save(made, folder, saved, failures, stop.requested)
     progress.close()
+    if stop.requested:
+        raise cli.Interrupted(
+            f"saved at step {done}; go on with the same flags and --resume --out={folder}."
+        )
+
+
+def record_steps(records: store.Records, done: int, steps: list[meta.Info]) -> list[str]:
+    """Records what steps say of themselves, and returns what was not finite, in words."""
+    skipped = []
+    for number, step in enumerate(steps, done):
+        values = {name: float(value) for name, value in step.items() if name != "finite"}
+        if what := not_finite(step["finite"]):
+            skipped.append(f"{what} of step {number}")
+            values = {"skipped": what}
+        records.add({"step": number + 1} | values)
+    return skipped
+
+
+def validate(
+    made: runs.Setup, judge, saved: runs.Saved, state: meta.State, done: int
+) -> tuple[runs.Saved, dict[str, float]]:
+    """The validation of a state, and what is to be saved, the state among the best if it is."""
+    scores = judge(state.params, made.splits["val"], runs.VALIDATION_SEED, runs.VALIDATION_EPISODES)
+    found = runs.summary(scores.adapted)
+    if is_better(made.metric, found["mean"], float(saved.best_score)):
+        saved = saved._replace(
+            best=jax.tree.map(jnp.array, state.params),
+            best_step=jnp.int32(done),
+            best_score=jnp.float32(found["mean"]),
+        )
+    return saved, {
+        f"val_{made.metric}": found["mean"],
+        "val_half_width": found["half_width"],
+        "val_step0": float(scores.initial.mean()),
+    }
+
+
+def save(made: runs.Setup, folder: Path, saved: runs.Saved, failures: int, last: bool) -> int:
+    """Saves, and returns how many times in a row that has failed.
+
+    Raises:
+      Failed: It did `SAVES` times, or there is no other chance.
+    """
+    try:
+        store.save(made, folder, saved)
+    except checkpoint.SaveError as error:
+        step, failures = int(saved.state.step), failures + 1
+        print(f"warning: {error}", flush=True)
+        if failures == SAVES or last or step == made.config.steps:
+            raise cli.Failed(
+                f"the state of step {step} cannot be saved: {error}. Make room, then go on with "
+                f"the same flags and --resume --out={folder}."
+            ) from error
+        return failures
+    return 0
+
+
+def chunk_size(seconds: float) -> int:
+    """How many steps of so many seconds to do before looking up."""
+    return max(1, min(CHUNK, int(SECONDS / max(seconds, 1e-9))))
+
+
+def not_finite(finite: dict[str, np.ndarray]) -> str:
+    """Which of a step's quantities is not, and of which tasks; empty if all are."""
+    for name in ("loss", "gradient"):
+        if not finite[name].all():
+            tasks = ", ".join(map(str, np.flatnonzero(~finite[name])))
+            return f"{name} of task {tasks}"
+    return "" if finite["parameters"] else "updated parameters or the objective"
 
 
 def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
-    """The newest checkpoint, the records cut back to it; or a new run.
+    """The newest checkpoint, the records cut back to it; or a new run, if none was ever saved.
 
     Raises:
       BadInput: The run was already trained for longer, or none of its checkpoints can be read.
     """
-    if not checkpoint.steps(folder / "checkpoints"):
+    checkpoints = folder / "checkpoints"
+    checkpoint.clean(checkpoints)
+    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         return runs.begin(made), 0
-    saved = store.restore(made, folder)
+    saved = store.restore(made, folder, quarantine=True)
     done = int(saved.state.step)
     if done > made.config.steps:
         raise cli.BadInput(f"{folder} is at step {done} already; give --steps={done} or more.")
@@ -205,10 +270,11 @@ def is_better(metric: str, value: float, best: float) -> bool:
     return value >= best if metric == "accuracy" else value <= best
 
 
-def _not_finite(folder: Path, what: str) -> cli.NotFinite:
+def _not_finite(folder: Path, what: str, skip: int) -> cli.NotFinite:
     last = checkpoint.steps(folder / "checkpoints")
     kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint was made yet"
-    return cli.NotFinite(f"the {what} is not finite; {kept}. Lower a learning rate.")
+    more = f", after {skip} that were skipped" if skip else ""
+    return cli.NotFinite(f"the {what} is not finite{more}; {kept}. Lower a learning rate.")
 
 
 def report(made: runs.Setup, judge, folder: Path, begin: float) -> dict[str, Any]:

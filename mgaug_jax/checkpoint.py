@@ -1,59 +1,115 @@
 """Checkpoints: Orbax writes and reads the bytes, a digest of ours says whether they are the same.
 
 Orbax makes a checkpoint appear whole or not at all, but does not notice a byte that has changed.
+Beside the arrays lies what they are: shapes, types, the digest, the format and whatever identity
+the caller gives. Nothing that is read is executed: arrays and JSON alone.
 """
 
 import hashlib
+import json
 import shutil
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+FORMAT = 2
+"""Of the checkpoints written; 1 had no description beside its arrays."""
+TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 class CheckpointError(ValueError):
     """No checkpoint can be read; the text says which and why."""
 
 
-def save(folder: str | Path, step: int, tree: Any, keep: int = 2) -> None:
-    """Writes `tree` (a pytree of arrays) as `folder/<step>`.
+class SaveError(OSError):
+    """A checkpoint cannot be written; the text says which and why. Those before it are whole."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint: its step, its tree, and the identity that it was saved with."""
+
+    step: int
+    tree: Any
+    identity: dict[str, Any]
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    tree: Any,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> None:
+    """Writes `tree` (a pytree of arrays) as `folder/<step>`, and waits until it is there.
 
     Of the steps up to this one the newest `keep` stay; later ones, of a run that was resumed before
-    them, go.
+    them, go, and so does what a kill left half written.
+
+    Args:
+      folder: Where to.
+      step: Its name.
+      tree: What to save.
+      identity: JSON; what the tree is a state of.
+      keep: How many steps stay.
+
+    Raises:
+      SaveError: It cannot be written: the disk is full, say, or the folder read-only.
     """
     import orbax.checkpoint as ocp
 
-    path = Path(folder).absolute() / str(step)
-    if path.exists():
-        shutil.rmtree(path)  # left by a run that saved this step and was resumed before it
+    folder = Path(folder).absolute()
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    payload = {"leaves": dict(zip(_names(leaves), leaves, strict=True)), "digest": _digest(leaves)}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, payload)
+    about = {"format": FORMAT, "leaves": _kinds(leaves), "identity": dict(identity or {})}
+    about["digest"] = _digest(leaves, about)
+    arrays = dict(zip(_names(leaves), leaves, strict=True))
+    try:
+        clean(folder)
+        shutil.rmtree(folder / str(step), ignore_errors=True)  # of a run resumed before this step
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            items = {"state": ocp.args.StandardSave(arrays), "about": ocp.args.JsonSave(about)}
+            checkpointer.save(folder / str(step), args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax raises whatever its storage raises
+        with suppress(OSError):
+            clean(folder)
+        size = sum(leaf.nbytes for leaf in leaves)
+        raise SaveError(
+            f"{folder / str(step)} ({size:,} bytes) cannot be written: {_brief(error)}"
+        ) from error
     earlier = [old for old in steps(folder) if old <= step]
     for old in set(steps(folder)) - set(earlier[-keep:]):
-        shutil.rmtree(Path(folder) / str(old))
+        shutil.rmtree(folder / str(old), ignore_errors=True)
+
+
+def clean(folder: str | Path) -> None:
+    """Removes what was being written when a process was killed. No other may be writing."""
+    for half in Path(folder).glob(TEMPORARY):
+        shutil.rmtree(half)
 
 
 def steps(folder: str | Path) -> list[int]:
-    """Steps saved in `folder`, oldest first; unfinished ones are not among them."""
+    """Steps saved in `folder`, oldest first; unfinished and damaged ones are not among them."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def restore(folder: str | Path, like: Any) -> tuple[int, Any]:
-    """The newest step of `folder` that is whole, and its tree.
+def restore(folder: str | Path, like: Any, *, quarantine: bool = False) -> Restored:
+    """The newest step of `folder` that is whole.
 
     Args:
       folder: Where `save` wrote.
       like: A pytree of the same structure: arrays, or `jax.eval_shape` of what made them.
+      quarantine: Rename what cannot be read to `<step>.corrupt`, so that it is not met again.
 
     Returns:
-      The step and the tree. A step that cannot be read is passed over with a warning that says why.
+      What was saved. A step that cannot be read is passed over with a warning that says why.
 
     Raises:
       CheckpointError: No step can be read.
@@ -62,9 +118,12 @@ def restore(folder: str | Path, like: Any) -> tuple[int, Any]:
     for step in reversed(steps(folder)):
         path = Path(folder).absolute() / str(step)
         try:
-            return step, _read(path, like)
+            tree, identity = _read(path, like)
+            return Restored(step, tree, identity)
         except Exception as error:  # Orbax raises whatever its storage raises
-            reasons.append(f"{path}: {' '.join(str(error).split())[:200]}")
+            reasons.append(f"{path}: {_brief(error)}")
+            if quarantine:
+                reasons[-1] += f"; it is now {_quarantine(path).name}"
             warnings.warn(
                 f"Passing over a checkpoint that cannot be read: {reasons[-1]}", stacklevel=2
             )
@@ -73,33 +132,70 @@ def restore(folder: str | Path, like: Any) -> tuple[int, Any]:
     )
 
 
-def _read(path: Path, like: Any) -> Any:
+def _quarantine(path: Path) -> Path:
+    number, place = 1, path.with_name(f"{path.name}.corrupt")
+    while place.exists():
+        number += 1
+        place = path.with_name(f"{path.name}.corrupt{number}")
+    return path.rename(place)
+
+
+def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
     shapes, tree = jax.tree.flatten(like)
-    template = {
-        "leaves": {
+    if not (path / "about").exists():
+        raise CheckpointError(
+            "it lacks the description of its arrays; it is damaged, or has format 1, which only "
+            "development versions before 2026-11-25 wrote and read"
+        )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        about = about["about"]
+        if about["format"] != FORMAT:
+            raise CheckpointError(
+                f"it has format {about['format']}, and this version of mgaug_jax reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+        if about["leaves"] != _kinds(shapes):
+            raise CheckpointError(
+                f"it holds other arrays than this run has: {_difference(about['leaves'], shapes)}"
+            )
+        template = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             for name, leaf in zip(_names(shapes), shapes, strict=True)
-        },
-        "digest": jax.ShapeDtypeStruct((32,), np.uint8),
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        payload = checkpointer.restore(path, template)
-    leaves = [payload["leaves"][name] for name in _names(shapes)]
-    if not np.array_equal(_digest([np.asarray(leaf) for leaf in leaves]), payload["digest"]):
+        }
+        items = {"state": ocp.args.StandardRestore(template)}
+        found = checkpointer.restore(path, args=ocp.args.Composite(**items))["state"]
+    leaves = [found[name] for name in _names(shapes)]
+    digest = about.pop("digest")
+    if _digest([np.asarray(leaf) for leaf in leaves], about) != digest:
         raise CheckpointError("its contents are not what was saved (the digest differs)")
-    return tree.unflatten(leaves)
+    return tree.unflatten(leaves), about["identity"]
+
+
+def _difference(saved: list, shapes: list) -> str:
+    if len(saved) != len(shapes):
+        return f"{len(saved)} of them instead of {len(shapes)}"
+    first = next(i for i, (a, b) in enumerate(zip(saved, _kinds(shapes), strict=True)) if a != b)
+    return f"number {first} is {saved[first]} instead of {_kinds(shapes)[first]}"
+
+
+def _kinds(leaves: list) -> list[str]:
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
 
 
 def _names(leaves: list) -> list[str]:
     return [f"{i:05d}" for i in range(len(leaves))]
 
 
-def _digest(leaves: list[np.ndarray]) -> np.ndarray:
-    """SHA-256 over shapes, types and bytes, as `uint8 [32]`."""
-    digest = hashlib.sha256()
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _digest(leaves: list[np.ndarray], about: Mapping[str, Any]) -> str:
+    """SHA-256 over the description and the bytes, in hex."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for leaf in leaves:
-        digest.update(f"{leaf.shape}{leaf.dtype}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
+    return digest.hexdigest()

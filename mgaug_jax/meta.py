@@ -24,7 +24,7 @@ from mgaug_jax.types import (
     Views,
 )
 
-Info = dict[str, Array]
+Info = dict[str, Any]
 
 
 def subnet(net: Net, mask: Params) -> Net:
@@ -105,7 +105,8 @@ def meta_gradient(
 
     Returns:
       The gradient, and the step's info: `loss`, the objective; `query_loss` and, where `y` has
-      more than one column, `accuracy` of the full networks after adaptation, means over tasks.
+      more than one column, `accuracy` of the full networks after adaptation, means over tasks;
+      and `finite`, whether the losses and gradients of every task's networks are, `bool [T]`.
     """
     if method.augment is not None:
         key, k_augment = jax.random.split(key)
@@ -124,20 +125,23 @@ def meta_gradient(
 
     full, info = map_tasks(method.net, full_view, task_keys(k_inner, tasks), tasks)
 
-    def combine(per_view, over_views) -> tuple[MetaParams, Array]:
-        """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective."""
+    def combine(per_view, over_views) -> tuple[MetaParams, Array, dict[str, Array]]:
+        """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective, its value,
+        and what of it is finite.
+        """
         losses, grads = per_view
         objective = lambda losses: method.reduce(jax.vmap(over_views)(losses))
         loss, weights = jax.value_and_grad(objective)(losses)
         if method.weigh is not None:
             per_task = lambda g: jax.vmap(partial(jnp.tensordot, axes=1))(weights, g)
             weights = weights * method.weigh(jax.tree.map(per_task, grads))[:, None]
-        return jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=2), grads), loss
+        finite = {"loss": all_finite(losses, 1), "gradient": all_finite(grads, 1)}
+        return jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=2), grads), loss, finite
 
-    def plain() -> tuple[MetaParams, Array]:
+    def plain():
         return combine(jax.tree.map(lambda leaf: leaf[:, None], full), over_views=jnp.sum)
 
-    def augmented(views: Views) -> tuple[MetaParams, Array]:
+    def augmented(views: Views):
         def task_masks(key: Array, task: Task, grads: MetaParams) -> Params:
             shown = probe(method, params, task, grads)
             return views.masks(key, method.net, params.net, shown)
@@ -149,15 +153,22 @@ def meta_gradient(
         return combine(jax.tree.map(join, full, pruned), over_views=views.reduce)
 
     if views is None:
-        grads, loss = plain()
+        grads, loss, finite = plain()
     elif views.active is True:
-        grads, loss = augmented(views)
+        grads, loss, finite = augmented(views)
     else:
-        grads, loss = jax.lax.cond(views.active, lambda: augmented(views), plain)
+        grads, loss, finite = jax.lax.cond(views.active, lambda: augmented(views), plain)
     for i, term in enumerate(method.terms):
         value, more = _term(method, term, jax.random.fold_in(k_terms, i), params, tasks)
         loss, grads = loss + value, jax.tree.map(jnp.add, grads, more)
-    return grads, {"loss": loss, **jax.tree.map(jnp.mean, info)}
+    return grads, {"loss": loss, **jax.tree.map(jnp.mean, info), "finite": finite}
+
+
+def all_finite(tree: Any, axes: int = 0) -> Array:
+    """Whether the numbers of a tree are, over all but the first `axes` axes of its leaves."""
+    each = [jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree)]
+    each = [jnp.all(leaf, axis=tuple(range(axes, leaf.ndim))) for leaf in each]
+    return jnp.all(jnp.stack(each), axis=0)
 
 
 def _term(
@@ -225,7 +236,8 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: `key -> State`.
-      step: `(key, state, tasks) -> (state, info)`, one meta-update.
+      step: `(key, state, tasks) -> (state, info)`, one meta-update; `info["finite"]` says of
+        `loss` and `gradient`, task by task, and of the new `parameters`, whether they are.
     """
 
     init: Callable[[Array], State]
@@ -257,6 +269,7 @@ def trainer(
         params = jax.tree.map(jnp.add, state.params, updates)
         if now.project is not None:
             params = params._replace(net=now.project(state.params.net, params.net))
+        info["finite"]["parameters"] = all_finite((params, info["loss"]))
         return State(state.step + 1, params, opt), info
 
     return Trainer(init, step)
@@ -271,9 +284,59 @@ def run(
     uninterrupted one sees. `data` is an argument of `sample(key, data) -> tasks`, never a closure,
     which would copy it into the program.
     """
-
-    def body(state: State, _):
-        k_sample, k_step = jax.random.split(jax.random.fold_in(key, state.step))
-        return trainer.step(k_step, state, sample(k_sample, data))
-
+    body = lambda state, _: _next(trainer, sample, key, state, data)
     return jax.lax.scan(body, state, length=steps)
+
+
+def _next(trainer: Trainer, sample, key: Array, state: State, data: Any) -> tuple[State, Info]:
+    k_sample, k_step = jax.random.split(jax.random.fold_in(key, state.step))
+    return trainer.step(k_step, state, sample(k_sample, data))
+
+
+def advance(
+    trainer: Trainer,
+    sample,
+    key: Array,
+    state: State,
+    data: Any,
+    count: int | Array,
+    *,
+    capacity: int,
+    skip: bool = False,
+) -> tuple[State, Info, Array]:
+    """As `run`, but never into what is not finite: such an update is left out.
+
+    Args:
+      trainer: Of the method.
+      sample: As in `run`.
+      key: As in `run`.
+      state: Where to start from.
+      data: As in `run`.
+      count: How many steps, at most `capacity`; may be traced, so that any number of them is one
+        program.
+      capacity: Rows of the info; static.
+      skip: Go on after an update that was left out, with the next step's tasks; else stop there.
+
+    Returns:
+      The state, info `[capacity]` and the number of its rows that were filled, of which the last
+      is that of the update at which it stopped, if it did.
+    """
+    shapes = jax.eval_shape(partial(_next, trainer, sample), key, state, data)[1]
+    empty = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), shapes)
+
+    def going(carry):
+        done, ok, *_ = carry
+        return (done < count) & (ok | skip)
+
+    def body(carry):
+        done, _, state, info = carry
+        after, one = _next(trainer, sample, key, state, data)
+        ok = jnp.all(jnp.stack([jnp.all(leaf) for leaf in jax.tree.leaves(one["finite"])]))
+        before = state._replace(step=after.step) if skip else state
+        kept = jax.tree.map(partial(jnp.where, ok), after, before)
+        info = jax.tree.map(lambda rows, row: rows.at[done].set(row), info, one)
+        return done + 1, ok, kept, info
+
+    start = jnp.zeros((), jnp.int32), jnp.ones((), bool), state, empty
+    done, _, state, info = jax.lax.while_loop(going, body, start)
+    return state, info, done

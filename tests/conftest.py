@@ -1,6 +1,7 @@
 """Strict JAX settings and the small problems every test file uses."""
 
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", XLA_CACHE)
 import jax
 import jax.numpy as jnp
 import pytest
+from absl.testing import flagsaver
 
 from mgaug_jax import nets
 from mgaug_jax.types import Examples, Task
@@ -68,3 +70,21 @@ def make_tasks(key, tasks=2, way=3, shot=1, queries=2, shape=(16, 16, 1)) -> Tas
 
 def small_conv(way=3, width=4):
     return nets.conv4(way, width=width, image=(16, 16, 1))
+
+
+def start(monkeypatch, module, *arguments: str) -> int:
+    """The exit code of an entry point, run in this process."""
+    from experiments import cli
+
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    with flagsaver.flagsaver():
+        code = cli._start(module.main, module.__doc__, "")
+    return code
+
+
+def refused(capsys, monkeypatch, module, *arguments: str) -> str:
+    """The one sentence an entry point exits 2 with."""
+    assert start(monkeypatch, module, *arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]

@@ -1,0 +1,566 @@
+"""What happens to a run in a week: kills, full disks, damaged files, numbers that are not finite.
+
+pytest -m slow tests/test_faults.py    # twenty kills, and 20,000 steps watched from outside
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_tasks, refused, start
+
+from experiments import cli, plots, runs, store, train
+from mgaug_jax import checkpoint, maml, meta, nets, trainer
+from mgaug_jax.losses import squared_error
+from mgaug_jax.meta import advance, meta_gradient
+from mgaug_jax.types import Examples, Task
+
+ROOT = Path(__file__).parents[1]
+# the storage library leaves a rejected future behind
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+SINES = (
+    "--data=sinusoid",
+    "--shot=5",
+    "--queries=5",
+    "--tasks=2",
+    "--net=mlp((8,))",
+    "--method=maml(lr=0.01,steps=1)|noise(0.1,site='outer')",
+)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def tree(value: float):
+    return {"w": jnp.full((20, 30), value), "b": jnp.full(7, value), "n": jnp.int32(value)}
+
+
+def saved(folder, steps=(1, 2)):
+    for step in steps:
+        checkpoint.save(folder, step, tree(step), identity={"spec": "maml"})
+    return sorted(p.relative_to(folder / "2") for p in (folder / "2").rglob("*") if p.is_file())
+
+
+def test_a_checkpoint_comes_back_with_what_it_is(tmp_path):
+    saved(tmp_path)
+    found = checkpoint.restore(tmp_path, tree(0))
+    assert found.step == 2
+    assert found.identity == {"spec": "maml"}
+    jax.tree.map(np.testing.assert_array_equal, found.tree, tree(2))
+
+
+def test_a_best_of_a_discarded_future_goes(tmp_path):
+    for step in (100, 400, 250):
+        checkpoint.save(tmp_path, step, jnp.zeros(1), keep=2)
+    assert checkpoint.steps(tmp_path) == [100, 250]
+
+
+DAMAGES = {
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "first byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "middle byte": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
+    ),
+    "last byte": lambda data: data[:-1] + bytes([data[-1] ^ 128]),
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_never_gives_other_numbers(damage, tmp_path):
+    """Every file of a checkpoint in turn: either it does not matter, or the step before is taken,
+    with a warning that names file and reason, and the bad one is put aside.
+    """
+    whole = tmp_path / "whole"
+    files, passed = saved(whole), 0
+    assert len(files) > 5
+    for i, name in enumerate(files):
+        folder = tmp_path / str(i)
+        shutil.copytree(whole, folder)
+        path, change = folder / "2" / name, DAMAGES[damage]
+        data = path.read_bytes()
+        if change is None:
+            path.unlink()
+        elif data:
+            path.write_bytes(change(data))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = checkpoint.restore(folder, tree(0), quarantine=True)
+        jax.tree.map(np.testing.assert_array_equal, found.tree, tree(found.step))
+        if found.step == 2:
+            continue
+        passed += 1
+        texts = [str(w.message) for w in caught if "Passing over" in str(w.message)]
+        assert len(texts) == 1
+        assert str(folder / "2") in texts[0]
+        assert (folder / "2.corrupt").is_dir()
+        assert checkpoint.steps(folder) == [1]
+    assert passed >= 2  # the arrays and their description at least
+
+
+def test_no_whole_checkpoint_is_an_error_that_says_why_for_each(tmp_path):
+    saved(tmp_path)
+    for step in (1, 2):
+        (tmp_path / str(step) / "about" / "metadata").unlink()
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(checkpoint.CheckpointError, match=r"/2: .*/1: "),
+    ):
+        checkpoint.restore(tmp_path, tree(0))
+
+
+def test_the_digest_notices_what_was_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digest", lambda leaves, about: "0" * 64)
+    checkpoint.save(tmp_path, 1, jnp.ones(3))
+    monkeypatch.undo()
+    with (
+        pytest.warns(UserWarning, match="digest"),
+        pytest.raises(checkpoint.CheckpointError, match="digest"),
+    ):
+        checkpoint.restore(tmp_path, jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("like", "says"),
+    [
+        (jnp.ones(4), r"number 0 is float32\[3\] instead of float32\[4\]"),
+        ((jnp.ones(3), jnp.ones(3)), "1 of them instead of 2"),
+        (jnp.ones(3, jnp.int32), r"float32\[3\] instead of int32\[3\]"),
+    ],
+)
+def test_other_arrays_are_named(like, says, tmp_path):
+    checkpoint.save(tmp_path, 1, jnp.ones(3))
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(checkpoint.CheckpointError, match=says),
+    ):
+        checkpoint.restore(tmp_path, like)
+
+
+def test_other_formats_are_named(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    with ocp.StandardCheckpointer() as checkpointer:  # as format 1 was written
+        checkpointer.save(old / "1", {"leaves": {"00000": np.ones(3)}, "digest": np.zeros(32)})
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    checkpoint.save(new, 1, jnp.ones(3))
+    monkeypatch.undo()
+    for folder, says in ((old, "format 1"), (new, r"format 99.*use the version that wrote it")):
+        with (
+            pytest.warns(UserWarning, match="cannot be read"),
+            pytest.raises(checkpoint.CheckpointError, match=says),
+        ):
+            checkpoint.restore(folder, jnp.ones(3))
+
+
+def test_what_a_kill_left_half_written_is_not_met_and_goes(tmp_path):
+    saved(tmp_path)
+    half = tmp_path / "3.orbax-checkpoint-tmp-17"
+    shutil.copytree(tmp_path / "2", half)
+    assert checkpoint.restore(tmp_path, tree(0)).step == 2
+    checkpoint.save(tmp_path, 3, tree(3))
+    assert not half.exists()
+    assert checkpoint.restore(tmp_path, tree(0)).step == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB, where one may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(small_disk):
+    saved(small_disk)
+    with pytest.raises(checkpoint.SaveError, match=r"/3 \(8,000,000 bytes\) cannot be written"):
+        checkpoint.save(small_disk, 3, jnp.asarray(np.random.default_rng(0).random(2_000_000)))
+    assert [path.name for path in small_disk.iterdir()].count("3") == 0
+    assert not list(small_disk.glob(checkpoint.TEMPORARY))
+    assert checkpoint.restore(small_disk, tree(0)).step == 2
+
+
+# --- numbers that are not finite ------------------------------------------------------------
+
+
+def poisoned(bad_step: int, task: int | None):
+    """A learner on random tasks, in one of which a target is infinite at one step."""
+    method = maml(nets.mlp((4,), inputs=2), lr=0.01, steps=1, loss=squared_error)
+    learner = trainer(method, optax.adam(1e-2))
+    tasks = make_tasks(jax.random.key(1), 3, way=2, queries=3, shape=(2,))
+    tasks = Task(*(Examples(part.x, part.y[..., :1]) for part in tasks))
+
+    def step(key, state, tasks):
+        poison = jnp.where(state.step == bad_step, jnp.inf, 0.0)
+        where = jnp.zeros(3) if task is None else jax.nn.one_hot(task, 3)
+        y = tasks.query.y + jnp.where(where > 0, poison, 0.0)[:, None, None]
+        return learner.step(key, state, tasks._replace(query=tasks.query._replace(y=y)))
+
+    return meta.Trainer(learner.init, step), lambda key, data: data, tasks
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_update_that_is_not_finite_is_left_out_and_its_task_named(skip):
+    made, sample, tasks = poisoned(bad_step=3, task=1)
+    go = jax.jit(partial(advance, made, sample, capacity=8, skip=skip))
+    state = made.init(jax.random.key(0))
+    before, *_ = go(jax.random.key(5), state, tasks, 3)
+    after, info, filled = go(jax.random.key(5), state, tasks, 4)
+    assert filled == 4
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt, before.opt)
+    assert after.step == (4 if skip else 3)
+    last = jax.tree.map(lambda rows: np.asarray(rows[3]), info["finite"])
+    assert last["loss"].tolist() == [True, False, True]
+    assert train.not_finite(last) == "loss of task 1"
+    assert train.not_finite(jax.tree.map(lambda rows: rows[2], info["finite"])) == ""
+    end, info, filled = go(jax.random.key(5), state, tasks, 8)
+    assert filled == (8 if skip else 4)
+    assert meta.all_finite(end.params)
+    assert (end.step, bool(jnp.isfinite(info["loss"][5]))) == ((8, True) if skip else (3, True))
+
+
+def test_advance_is_run_whatever_the_number_of_steps_and_compiles_once():
+    made, sample, tasks = poisoned(bad_step=-1, task=None)
+    traced = []
+
+    def counted(key, state, tasks, count):
+        traced.append(count)
+        return advance(made, sample, key, state, tasks, count, capacity=6)
+
+    go = jax.jit(counted)
+    state = made.init(jax.random.key(0))
+    for count in range(1, 7):
+        want, rows = jax.jit(partial(meta.run, made, sample, steps=count))(
+            jax.random.key(5), state, tasks
+        )
+        got, info, filled = go(jax.random.key(5), state, tasks, count)
+        assert filled == count
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        jax.tree.map(lambda a, b, n=count: np.testing.assert_array_equal(a[:n], b), info, rows)
+    assert len(traced) == 1
+
+
+def test_a_gradient_and_a_parameter_that_are_not_finite_are_told_apart():
+    def judge(key, net, make, params, task):
+        zero = 0 * jnp.sum(params.net["head"]["bias"])
+        return jnp.sqrt(zero), net.apply(params.net, task.query.x)  # 0, with a slope of 0 / 0
+
+    method = maml(nets.mlp((4,), inputs=2, outputs=2))._replace(judge=judge)
+    tasks = make_tasks(jax.random.key(1), 2, way=2, queries=3, shape=(2,))
+    params = method.algorithm(method.net, method.inner).init(jax.random.key(0))
+    _, info = meta_gradient(method, jax.random.key(1), params, tasks)
+    finite = jax.tree.map(np.asarray, info["finite"])
+    assert finite["loss"].all()
+    assert train.not_finite(finite | {"parameters": np.False_}) == "gradient of task 0, 1"
+    fine = {name: np.ones(2, bool) for name in ("loss", "gradient")}
+    assert "updated parameters" in train.not_finite(fine | {"parameters": np.False_})
+
+
+# --- one run, in this process ---------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def small_tests(monkeypatch):
+    for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
+        monkeypatch.setattr(runs, f"{name}_EPISODES", value)
+
+
+def state_of(folder: Path):
+    made = runs.setup(store.read_config(folder))
+    like = jax.eval_shape(lambda: runs.begin(made))
+    return checkpoint.restore(folder / "checkpoints", like).tree
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of twelve steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
+            patch.setattr(runs, f"{name}_EPISODES", value)
+        code = start(patch, train, *SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
+    assert code == 0
+    return folder
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    jax.tree.map(np.testing.assert_array_equal, state_of(one), state_of(other))
+    assert store.read_records(one) == store.read_records(other)
+
+
+class StopAfter(cli.Interruption):
+    """A signal that comes during the n-th chunk."""
+
+    def __init__(self, looks: int):
+        super().__init__()
+        self.looks = looks
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_interrupted_anywhere_and_resumed_is_uninterrupted(size, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(train, "chunk_size", lambda seconds: size)
+    arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
+    codes, stops = [], iter([2, 5, 8, 3, 6, 9])
+    for _ in range(30):
+        looks = next(stops, 10**6)
+        monkeypatch.setattr(cli, "Interruption", lambda at_once="", n=looks: StopAfter(n))
+        resume = ["--resume"] if codes else []
+        codes.append(start(monkeypatch, train, *arguments, *resume))
+        if codes[-1] == 0:
+            break
+    assert codes[:-1]
+    assert set(codes[:-1]) == {75}
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_cadences_do_not_change_the_run(chunk, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "chunk_size", lambda seconds: chunk)
+    monkeypatch.setattr(store.Records, "add", lambda self, record: None)
+    monkeypatch.setattr(plots, "curves", lambda *arguments: None)
+    folder = tmp_path / "run"
+    assert start(monkeypatch, train, *SINES, "--steps=12", "--eval_every=6", f"--out={folder}") == 0
+    one, other = state_of(folder).state, state_of(whole).state
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(
+    whole, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for path in (folder / "checkpoints").glob("*/about/metadata"):
+        path.write_text("{}")
+    arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}", "--resume")
+    for _ in range(2):  # the second time they are put aside already
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            text = refused(capsys, monkeypatch, train, *arguments)
+        assert "no checkpoint" in text
+    assert len(list((folder / "checkpoints").glob("*.corrupt"))) == 2
+
+
+def test_checkpoints_of_another_run_are_refused(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    arguments = (*SINES, "--steps=12", "--eval_every=4", "--seed=1", f"--out={folder}")
+    assert start(monkeypatch, train, *arguments) == 0
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(whole / "checkpoints", folder / "checkpoints")
+    text = refused(capsys, monkeypatch, train, *arguments, "--resume")
+    assert "--seed is 1 but was 0" in text
+
+
+def test_another_version_is_said_not_to_be_bit_exact(whole, monkeypatch, capsys):
+    now = store.versions()
+    monkeypatch.setattr(store, "versions", lambda: now | {"devices": "4"})
+    store.restore(runs.setup(store.read_config(whole)), whole)
+    assert "not bit-exact to what came before: devices 1 -> 4" in capsys.readouterr().out
+
+
+def test_a_folder_in_use_is_refused_and_a_freed_one_taken(whole, monkeypatch, capsys):
+    arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={whole}", "--resume")
+    with store.locked(whole):
+        text = refused(capsys, monkeypatch, train, *arguments)
+    assert f"in use by process {os.getpid()}" in text
+    assert start(monkeypatch, train, *arguments) == 0
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_save_that_fails_is_said_and_tried_again(failures, whole, tmp_path, monkeypatch, capsys):
+    """Of checkpoints at 4, 8 and 12 some cannot be written; the third in a row ends the run."""
+    real, tries = checkpoint.save, []
+
+    def save(*arguments, **options):
+        tries.append(1)
+        if len(tries) <= failures:
+            raise checkpoint.SaveError("x/4 (100 bytes) cannot be written: no space left")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    folder = tmp_path / "run"
+    arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
+    code = start(monkeypatch, train, *arguments)
+    printed = capsys.readouterr()
+    assert printed.out.count("warning: x/4 (100 bytes) cannot be written") == failures
+    assert code == (1 if failures == 3 else 0)
+    if failures == 3:
+        assert "Make room, then go on with" in printed.err
+        return
+    assert_same_run(folder, whole)
+
+
+def test_skipped_updates_are_counted_and_end_the_run_when_they_are_too_many(
+    tmp_path, monkeypatch, capsys
+):
+    real = meta.trainer
+
+    def poisoned(method, optimizer):
+        made = real(method, optimizer)
+
+        def step(key, state, tasks):
+            bad = jnp.where((state.step == 2) | (state.step == 5), jnp.nan, 0.0)
+            y = tasks.query.y.at[1].add(bad)
+            return made.step(key, state, tasks._replace(query=tasks.query._replace(y=y)))
+
+        return meta.Trainer(made.init, step)
+
+    monkeypatch.setattr(meta, "trainer", poisoned)
+    arguments = [*SINES, "--steps=8", "--eval_every=4"]
+    codes = [
+        start(monkeypatch, train, *arguments, f"--out={tmp_path / str(n)}", f"--skip_nonfinite={n}")
+        for n in (0, 1, 2)
+    ]
+    assert codes == [3, 3, 0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "loss of task 1 of step 2 is not finite; no checkpoint" in errors[0]
+    assert (
+        "of step 5 is not finite, after 1 that were skipped; the checkpoint of step 4" in errors[1]
+    )
+    assert state_of(tmp_path / "2").skipped == 2
+    assert checkpoint.steps(tmp_path / "1" / "checkpoints") == [4]
+    records = store.read_records(tmp_path / "2")
+    assert [r["step"] for r in records if "skipped" in r] == [3, 6]
+    assert json.loads((tmp_path / "2" / "results.json").read_text())["adapted"]["mean"] > 0
+
+
+# --- processes and signals ------------------------------------------------------------------
+
+
+def launch(folder, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.train", *SINES, f"--out={folder}", *arguments]
+    if (folder / "config.json").exists():
+        command.append("--resume")
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def has_checkpoint(folder):
+    return bool(checkpoint.steps(folder / "checkpoints"))
+
+
+LONG = ("--steps=100000", "--eval_every=20")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_75_and_a_second_ends_at_once(number, tmp_path):
+    folder = tmp_path / "run"
+    process = launch(folder, *LONG)
+    wait_for(lambda: has_checkpoint(folder), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, (out, err)
+    step = int(re.search(r"interrupted: saved at step (\d+); go on with", err)[1])
+    assert checkpoint.steps(folder / "checkpoints")[-1] == step
+    assert len([r for r in store.read_records(folder) if "loss" in r]) == step
+    assert state_of(folder).state.step == step
+
+
+def kill_trials(tmp_path, trials: int, seed: int) -> int:
+    """Kills a run at random moments until `trials` are used up, lets it end and compares it with
+    one that was left alone. Returns how many kills came before the end.
+    """
+    rng, killed = random.Random(seed), 0
+    arguments = ("--steps=400", "--eval_every=5")
+    alone, folder = tmp_path / "alone", tmp_path / "killed"
+    assert launch(alone, *arguments).wait() == 0
+    for _ in range(trials):
+        before = max(checkpoint.steps(folder / "checkpoints"), default=0)
+        process = launch(folder, *arguments)
+        moved = lambda before=before: (
+            max(checkpoint.steps(folder / "checkpoints"), default=0) > before
+        )
+        wait_for(lambda moved=moved, p=process: moved() or p.poll() is not None, process)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        assert max(checkpoint.steps(folder / "checkpoints"), default=0) > before  # nothing is lost
+    process = launch(folder, *arguments)
+    out, err = process.communicate()
+    assert process.returncode == 0, (out, err)
+    assert not list((folder / "checkpoints").glob(checkpoint.TEMPORARY))
+    assert_same_run(folder, alone)
+    return killed
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    assert kill_trials(tmp_path, trials=2, seed=0) == 2
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    assert kill_trials(tmp_path, trials=20, seed=1) == 20
+
+
+def usage(pid: int) -> tuple[int, int]:
+    """Resident memory in kB and open files of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.timeout(3600)
+def test_memory_and_files_stay_flat_over_a_long_run(tmp_path):
+    """20,000 steps with 200 validations and saves, and a restart in the middle."""
+    folder, arguments = tmp_path / "run", ("--steps=20000", "--eval_every=100")
+    for until in (10_000, 20_000):
+        process, seen = launch(folder, *arguments), []
+
+        def step(folder=folder):
+            return max(checkpoint.steps(folder / "checkpoints"), default=0)
+
+        first = step()
+        while process.poll() is None and step() < until:
+            if step() >= first + 2000:
+                seen.append(usage(process.pid))
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        memory, files = np.array(seen).T
+        print(f"to {until}: {len(seen)} looks, {memory[0]} -> {memory[-1]} kB, files {set(files)}")
+        assert memory[-len(memory) // 4 :].mean() < 1.02 * memory[: len(memory) // 4].mean()
+        assert np.ptp(files) <= 2
+    assert launch(folder, *arguments).wait() == 0
+    steps = [r["step"] for r in store.read_records(folder) if "loss" in r]
+    assert steps == list(range(1, 20_001))
