@@ -143,7 +143,7 @@ def _call(text: str, node: ast.expr) -> tuple[str, dict[str, Any]]:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
         raise BadInput(
-            f"{ast.unparse(node)!r} in {text!r} is not a name with arguments, like cp(keep=0.98)."
+            f"{_quote(node)} in {text!r} is not a name with arguments, like cp(keep=0.98)."
         )
     arguments = [(str(i), value) for i, value in enumerate(call.args)]
     arguments += [(str(word.arg), word.value) for word in call.keywords]
@@ -155,10 +155,17 @@ def _call(text: str, node: ast.expr) -> tuple[str, dict[str, Any]]:
             options[name] = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             raise BadInput(
-                f"{ast.unparse(value)!r} in {text!r} is not a literal; give a number, a quoted "
+                f"{_quote(value)} in {text!r} is not a literal; give a number, a quoted "
                 "word or a tuple of numbers."
             ) from error
     return call.func.id, options
+
+
+def _quote(node: ast.expr) -> str:
+    try:
+        return repr(ast.unparse(node))
+    except RecursionError:
+        return "an argument, nested too deeply to be shown,"
 
 
 def _known(name: str, entries: Mapping[str, Any], kind: str) -> None:

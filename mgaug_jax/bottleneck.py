@@ -230,11 +230,18 @@ def mr_activations(beta: float | Array, *, blocks: int = 1, start: float = 0.0) 
                 code = params.extra["code"]
                 return Coded(at(code).adapt(key, params, support), code)
 
+            def path(key: Array, params: MetaParams, support: Examples) -> Coded:
+                code, along = params.extra["code"], at(params.extra["code"]).path
+                assert along is not None
+                fast = along(key, params, support)
+                steps = len(jax.tree.leaves(fast)[0])
+                return Coded(fast, jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), code))
+
             def predict(fast: Coded, x: Array) -> Array:
                 return at(fast.code).predict(fast.fast, x)
 
             made = plain._replace(init=init, start=begin, adapt=adapt, predict=predict)
-            return made._replace(path=None, weights=None)
+            return made._replace(path=path, weights=None)
 
         def draw(key: Array, net: Net, params: MetaParams, part: Examples) -> Examples:
             mean, scale = encode(net, params.net, params.extra["code"], part.x)

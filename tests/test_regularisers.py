@@ -747,11 +747,13 @@ def test_mr_activations_of_beta_zero_and_no_scale_is_maml_with_a_frozen_encoder(
     learners = [m.algorithm(m.net, m.inner) for m in (mr_activations(1.0)(base), frozen)]
     support = row(tasks, 0).support
     key = lambda: jax.random.key(1)
-    found = [
-        learner.predict(learner.adapt(key(), params, support), tasks.query.x[0])
-        for learner in learners
-    ]
+    x = tasks.query.x[0]
+    found = [learner.predict(learner.adapt(key(), params, support), x) for learner in learners]
     assert_close(*found)
+    path = learners[0].path(key(), params, support)
+    along = jax.vmap(lambda fast: learners[0].predict(fast, x))(path)
+    assert along.shape[0] == 2
+    assert_close(along[-1], found[1])
 
 
 @pytest.mark.parametrize("net", [mlp, conv])
