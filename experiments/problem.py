@@ -14,7 +14,8 @@ flags.DEFINE_string(
     "labels",
     "exclusive",
     "How training tasks label classes: exclusive (ME), fixed_labels or fixed_groups (NME). "
-    "Sinusoids: exclusive, or fixed_labels for MR-MAML's one-hot problem.",
+    "Sinusoids: exclusive, fixed_labels for MR-MAML's one-hot problem, or fixed_groups for "
+    "meta-augmentation's ten functions on intervals.",
 )
 flags.DEFINE_integer("way", 5, "Classes per task.")
 flags.DEFINE_integer("shot", 1, "Support examples per class.")

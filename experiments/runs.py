@@ -178,6 +178,7 @@ def _classification(config: Config, say) -> Setup:
 
 def _regression(config: Config, say) -> Setup:
     del say
+    splits: dict[str, Any] = {"train": None, "val": None, "test": None}
     if config.labels == "exclusive":
         sample = sinusoid.sampler(config.shot, config.queries, config.tasks)
         episode, inputs, permuted = sinusoid.sampler(config.shot, 100, 1), 1, None
@@ -186,10 +187,10 @@ def _regression(config: Config, say) -> Setup:
         episode = sinusoid.one_hot_test_sampler(config.shot, 1)
         inputs, permuted = 1 + sinusoid.AMPLITUDES, sinusoid.permute_index
     else:
-        raise BadInput(
-            f"--labels={config.labels} is for classes; sinusoids are exclusive or fixed_labels "
-            "(the one-hot problem of MR-MAML)."
-        )
+        sample = sinusoid.interval_sampler(config.shot, config.queries, config.tasks)
+        episode, inputs = sinusoid.interval_sampler(config.shot, 100, 1), 1
+        permuted = sinusoid.move_targets
+        splits = {name: jnp.array(numbers) for name, numbers in sinusoid.INTERVALS.items()}
     net = spec.net(config.net or "mlp", inputs=inputs)
     problem = vocabulary.Problem(net, None, losses.squared_error, config.steps)
     return Setup(
@@ -197,7 +198,7 @@ def _regression(config: Config, say) -> Setup:
         **_method(config, problem),
         sample=sample,
         episode=episode,
-        splits={"train": None, "val": None, "test": None},
+        splits=splits,
         problem=problem,
         digests={},
         metric="mse",

@@ -447,3 +447,41 @@ def test_a_permuted_index_is_another_one(key):
         np.testing.assert_array_equal(other.query.x[:, 0], task.query.x[:, 0])
         np.testing.assert_array_equal(other.query.y, task.query.y)
     assert len(shifts) > 10
+
+
+# --- sinusoids on intervals -------------------------------------------------------------------
+
+
+def test_interval_tasks_are_the_functions_of_their_split_on_their_intervals(key):
+    amplitudes, phases = map(np.asarray, sinusoid.interval_functions())
+    assert ((amplitudes >= 0.1) & (amplitudes < 5) & (phases >= 0) & (phases < np.pi)).all()
+    assert len(set(amplitudes)) == len(set(phases)) == 10
+    assert sorted(sum(sinusoid.INTERVALS.values(), ())) == list(range(10))
+    sample = jax.jit(sinusoid.interval_sampler(5, 7, 400))
+    for split, numbers in sinusoid.INTERVALS.items():
+        tasks = sample(jax.random.fold_in(key, len(split)), jnp.array(numbers))
+        x, y = (np.concatenate(parts, 1)[..., 0] for parts in zip(*tasks, strict=True))
+        found = []
+        for inputs, targets in zip(x, y, strict=True):
+            within = [(inputs >= s).all() and (inputs < s + 0.5).all() for s in sinusoid.STARTS]
+            (i,) = np.flatnonzero(within)
+            want = amplitudes[i] * np.sin(inputs - phases[i])
+            np.testing.assert_allclose(targets, want, atol=1e-5)
+            found.append(i)
+        counts = np.bincount(found, minlength=10)
+        share = 400 / len(numbers)
+        assert set(np.flatnonzero(counts)) == set(numbers)
+        assert (abs(counts[list(numbers)] - share) < 4.5 * share**0.5).all()
+    offsets = (x - np.floor(2 * x) / 2).ravel()
+    assert abs(offsets.mean() - 0.25) < 4.5 * 0.5 / (12 * len(offsets)) ** 0.5
+
+
+def test_moved_targets_are_one_away_in_support_and_query(key):
+    tasks = sinusoid.interval_sampler(3, 4, 100)(key, jnp.arange(6))
+    moved = jax.vmap(sinusoid.move_targets)(jax.random.split(jax.random.key(9), 100), tasks)
+    by = [np.asarray(b.y - a.y)[..., 0] for a, b in zip(tasks, moved, strict=True)]
+    steps = np.round(by[0][:, :1])
+    for part in by:
+        np.testing.assert_allclose(part, np.broadcast_to(steps, part.shape), atol=1e-5)
+    assert 25 < (steps == 1).sum() < 75
+    assert set(steps.ravel()) == {-1.0, 1.0}
