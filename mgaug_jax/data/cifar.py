@@ -52,7 +52,7 @@ def _content(tree: Tree, name: str) -> dict:
     return pickles.load(path, tree.read(path))
 
 
-def _dataset(name: str, splits: dict[str, tuple[str, ...]]) -> Dataset:
+def _dataset(name: str, splits: dict[str, tuple[str, ...]], count: int) -> Dataset:
     return from_files(
         Files(
             name=name,
@@ -60,20 +60,21 @@ def _dataset(name: str, splits: dict[str, tuple[str, ...]]) -> Dataset:
             find=_find,
             splits=splits,
             roots=dict.fromkeys(SPLITS, (ROOT,)),
-            count=600,
+            count=count,
             size=32,
         )
     )
 
 
-def cifar_fs() -> Dataset:
-    """CIFAR-FS: 64 / 16 / 20 classes."""
+def cifar_fs(images: int = 600) -> Dataset:
+    """CIFAR-FS: 64 / 16 / 20 classes of so many images."""
     lists = shipped("cifar")
-    return _dataset("cifar_fs", {split: tuple(lists[f"cifar_fs_{split}"]) for split in SPLITS})
+    splits = {split: tuple(lists[f"cifar_fs_{split}"]) for split in SPLITS}
+    return _dataset("cifar_fs", splits, images)
 
 
-def fc100() -> Dataset:
-    """FC100: 60 / 20 / 20 classes, no superclass of which is in two splits."""
+def fc100(images: int = 600) -> Dataset:
+    """FC100: 60 / 20 / 20 classes of so many images; no superclass is in two splits."""
     lists = shipped("cifar")
     classes = sorted(name for split in SPLITS for name in lists[f"cifar_fs_{split}"])
     return _dataset(
@@ -82,4 +83,5 @@ def fc100() -> Dataset:
             split: tuple(name for name in classes if name.split("/")[0] in lists[f"fc100_{split}"])
             for split in SPLITS
         },
+        images,
     )
