@@ -488,13 +488,24 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path, own, monkeypatch):
     assert "Permission denied" in said
 
 
-@pytest.mark.parametrize("step", ["numpy.save", "numpy.lib.format.open_memmap"])
-def test_a_full_disk_leaves_no_half_cache(tmp_path, own, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("numpy.save", OSError(errno.ENOSPC, "No space left on device")),
+        ("mgaug_jax.data.ingest._zeros", OSError(errno.ENOSPC, "No space left on device")),
+        (
+            "tensorflow_datasets.core.GeneratorBasedBuilder.download_and_prepare",
+            RuntimeError("Failed to finalize writing: write() failed: No space left on device"),
+        ),
+    ],
+)
+def test_a_full_disk_leaves_no_half_cache(tmp_path, own, monkeypatch, step, error):
     where = {"data_dir": own, "cache_dir": tmp_path / "cache"}
 
-    def full(path, *args, **kwargs):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*args, **kwargs):
+        (building,) = (tmp_path / "cache").iterdir()
+        (building / "half").write_bytes(b"half")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(step, full)
@@ -909,7 +920,7 @@ def test_real_cub_is_admitted_as_the_subset_it_is(tmp_path):
 def test_real_images_in_the_layout_of_mini_imagenet(tmp_path):
     source = SHARED / "mini_imagenet" / "mini_imagenet_layout_from_tiny_25x550.zip"
     where = {"data_dir": source, "cache_dir": tmp_path}
-    assert "does not belong there: the authors do not list it" in refusal("mini_imagenet", **where)
+    assert "is listed by the authors, but not there" in refusal("mini_imagenet", **where)
     splits = {"train": ["n01910747", "n02074367"], "val": ["n01855672"], "test": ["n02099601"]}
     for split in SPLITS:
         assert set(splits[split]) <= set(splits_of("mini_imagenet")[split])

@@ -1,6 +1,7 @@
 """From image files to one array, through tensorflow-datasets without TensorFlow."""
 
 import io
+import math
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ def ingest(
 
     Raises:
       Unreadable: More images cannot be decoded, or a class is not read back whole.
+      OSError: The scratch folder cannot be written.
     """
     classes = sorted(images)
     places = {
@@ -78,9 +80,8 @@ def ingest(
                     "or remove them, or let skip_bad_images be a larger number."
                 ) from error
             continue
-        if pixels is None:  # on disk, since some data sets are larger than memory
-            shape = (*have.shape, *image.shape)
-            pixels = np.lib.format.open_memmap(scratch / "pixels.npy", "w+", np.uint8, shape)
+        if pixels is None:
+            pixels = _zeros(scratch / "pixels.npy", (*have.shape, *image.shape))
         pixels[places[key]], have[places[key]] = image, True
     for key in bad:
         counts[places[key][0]] -= 1
@@ -99,6 +100,18 @@ def ingest(
     if bad:
         progress(f"{name}: left out {len(bad)} of {len(places)} images: {', '.join(bad.values())}")
     return Decoded(pixels, counts, tuple(classes), tuple(sorted(bad)))
+
+
+def _zeros(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 zeros on disk, since some data sets are larger than memory. They are written, not just
+    mapped: to write to mapped memory that a full disk cannot hold would end the process.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(shape[0]):
+            file.write(bytes(math.prod(shape[1:])))
+    return np.load(path, mmap_mode="r+")
 
 
 def _decoded(decode: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
@@ -138,8 +151,11 @@ def _write(name: str, examples: Iterable[Example], folder: Path):
     # TFDS writes tfrecord by default, which only TensorFlow reads.
     builder = Builder(data_dir=folder, file_format="array_record")
     tfds.disable_progress_bar()
-    with redirect_stdout(io.StringIO()):  # it announces a download, but there is none
-        builder.download_and_prepare()
+    try:
+        with redirect_stdout(io.StringIO()):  # it announces a download, but there is none
+            builder.download_and_prepare()
+    except RuntimeError as error:  # of array_record, when it cannot write
+        raise OSError(str(error)) from error
     return builder.as_data_source(
         split="images",  # pyright: ignore[reportCallIssue]  (it is decorated)
         decoders={"image": tfds.decode.SkipDecoding()},
