@@ -107,7 +107,7 @@ def _same_run(old: runs.Config, new: runs.Config, folder: Path) -> None:
     """Refuses to continue a run with a setting that changes what it computes."""
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
     spans = new.schedule != "constant" or spec.spans_run(new.method)
-    free = {"data_dir"} | (set() if spans else {"steps"})
+    free = {"data_dir", "splits"} | (set() if spans else {"steps"})
     changed = [
         f"--{name} is {after[name]!r} but was {before[name]!r}"
         for name in before

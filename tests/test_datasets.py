@@ -412,6 +412,18 @@ def test_half_transparent_pixels_lie_on_white():
     assert abs(got - (COLOURS * (128 / 255) + 127)).max() <= 1
 
 
+def test_own_photographs_stand_upright(tmp_path, own):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn it clockwise
+    for path in (own / "val").glob("*/*"):
+        path.write_bytes(encoded(Image.fromarray(COLOURS), exif=exif))
+    images = load("folder", "val", size=8, data_dir=own, cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(images.pixels[0, 0], np.rot90(COLOURS, -1))
+    np.testing.assert_array_equal(
+        pixels.decode(encoded(Image.fromarray(COLOURS), exif=exif), 8), COLOURS
+    )
+
+
 def broken_png() -> bytes:
     data = bytearray(png(0))
     data[data.index(b"IDAT") + 20] ^= 255

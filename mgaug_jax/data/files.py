@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -275,5 +276,7 @@ def dataset(size: int = 84) -> Dataset:
             roots=dict.fromkeys(SPLITS, ("",)),
             count=None,
             size=size,
+            decode=partial(pixels.decode, upright=True),
+            parameters={"resize": "LANCZOS", "upright": True},
         )
     )

@@ -10,7 +10,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training images; few-shot code uses them for all natural images."""
 
 
-def decode(data: bytes, size: int, mode: str = "RGB") -> np.ndarray:
+def decode(data: bytes, size: int, mode: str = "RGB", upright: bool = False) -> np.ndarray:
     """Pixels of a PNG or JPEG, the whole image resized to a square by a Lanczos filter.
 
     1-bit and grey images become colours without hue and the reverse, 16-bit ones are scaled to 8
@@ -20,15 +20,16 @@ def decode(data: bytes, size: int, mode: str = "RGB") -> np.ndarray:
       data: Content of the file.
       size: Height and width of the result.
       mode: "RGB", or "L" for grey.
+      upright: Whether to turn it as the camera says it was held (EXIF).
 
     Returns:
       uint8 `[size, size, 3 or 1]`.
 
     Raises:
-      ValueError: Neither PNG nor JPEG, or pixels whose range is unknown.
+      ValueError: Neither PNG nor JPEG.
       OSError, SyntaxError: Damaged.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not data:
         raise ValueError("it is empty")
@@ -37,22 +38,17 @@ def decode(data: bytes, size: int, mode: str = "RGB") -> np.ndarray:
     except UnidentifiedImageError as error:
         raise ValueError("its content is neither PNG nor JPEG") from error
     with image:
-        if image.mode.startswith("I"):
-            image = Image.fromarray(_eight_bits(image.mode, np.asarray(image)))
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them off
+            values = np.asarray(image).astype(np.uint32)
+            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         # A 1-bit image must be made grey before it is resized, or Pillow takes nearest neighbours.
         image = image.convert(mode).resize((size, size), Image.Resampling.LANCZOS)
         return np.asarray(image).reshape(size, size, -1)
-
-
-def _eight_bits(mode: str, values: np.ndarray) -> np.ndarray:
-    if not mode.startswith("I;16"):
-        raise ValueError(
-            f"its pixels are of mode {mode}, whose range is unknown; save it in 8 bits"
-        )
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def encode(pixels: np.ndarray) -> bytes:
