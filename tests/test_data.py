@@ -302,6 +302,19 @@ def test_a_wrong_folder_is_refused_with_the_expected_tree(tmp_path, tiny, spoil,
     assert omniglot.TREE in str(error.value)
 
 
+def test_other_splits_may_mix_the_official_sets(tmp_path, tiny):
+    splits = {"train": ["New/character02", "Short/character01"], "test": ["Long/character03"]}
+    where = {"data_dir": tiny, "cache_dir": tmp_path / "cache", "splits": splits}
+    official = {**where, "splits": None}
+    for split, source in (("train", "test"), ("test", "train")):
+        images, before = load("tiny", split, **where), load("tiny", source, **official)
+        assert classes_of("tiny", split, **where) == tuple(splits[split])
+        position = classes_of("tiny", source, **official).index(splits[split][0])
+        assert np.array_equal(images.pixels[0], before.pixels[position])
+    with pytest.raises(ValueError, match="the splits that were given have no val"):
+        load("tiny", "val", **where)
+
+
 def test_a_damaged_zip_member_is_refused(tmp_path, tiny):
     folder = zipped(tiny, tmp_path / "zips")
     path = folder / "images_background.zip"

@@ -57,6 +57,7 @@ class Manifest(NamedTuple):
 
 
 Splits = str | Path | Mapping[str, Sequence[str]]
+"""Classes by split, `{"train": [...], "val": [...], "test": [...]}`, or a JSON file of them."""
 
 
 def load(

@@ -86,14 +86,12 @@ def from_files(files: Files) -> Dataset:
             return ingest(files.name, examples, chosen, decode, scratch, progress, files.skip)
 
     def adapt(options: Options) -> Dataset:
-        return from_files(
-            files._replace(
-                splits=options.splits or files.splits,
-                official=files.official and options.splits is None,
-                size=options.size or files.size,
-                skip=options.skip_bad_images,
-            )
-        )
+        other = files._replace(size=options.size or files.size, skip=options.skip_bad_images)
+        if options.splits is not None:  # which may take classes from anywhere
+            roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
+            roots = dict.fromkeys(SPLITS, roots)
+            other = other._replace(splits=options.splits, official=False, roots=roots)
+        return from_files(other)
 
     said = ("splits", "count", "size", "official", "skip")
     parameters = {**files.parameters, **{name: getattr(files, name) for name in said}}
