@@ -307,6 +307,7 @@ def test_wrong_folders_are_refused(tmp_path, own, spoil, options, why):
 def test_options_are_checked(tmp_path, own):
     where = {"data_dir": own, "cache_dir": tmp_path / "cache"}
     assert "size=0" in refusal(size=0, **where)
+    assert "take 2048 or less" in refusal(size=10**6, **where)
     assert "skip_bad_images=-1" in refusal(skip_bad_images=-1, **where)
     assert "has no such options" in refusal("glyphs", size=32, cache_dir=tmp_path)
 
@@ -353,6 +354,14 @@ def test_a_wrong_archive_is_refused_with_its_sha256(tmp_path, name):
     said = refusal(data_dir=path, cache_dir=tmp_path / "cache")
     assert f"{name} is damaged or unreadable" in said
     assert f"{name} has the SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in said
+
+
+@pytest.mark.parametrize("name", ["folder", "cub", "mini_imagenet"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, name):
+    path = tmp_path / "images.rar"
+    path.write_bytes(b"Rar!")
+    said = refusal(name, data_dir=path, cache_dir=tmp_path / "cache")
+    assert "it is neither a folder nor an archive" in said
 
 
 def test_a_truncated_tar_is_refused(tmp_path, own):
@@ -639,6 +648,33 @@ def test_other_mini_imagenets_are_refused_but_for_a_subset(tmp_path, synsets):
     (tmp_path / "empty").mkdir()
     where["data_dir"] = tmp_path / "empty"
     assert "there is neither images/, train/" in refusal("mini", **where)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda c: c.pop("image_data"), "KeyError('image_data')"),
+        (lambda c: c.update(image_data=c["image_data"].astype(float)), "images are float64"),
+        (lambda c: c.update(image_data=c["image_data"][:, 0]), "images are uint8 [3, 84, 3]"),
+        (lambda c: c["class_dict"].update(n00000003=[0, 1, 3]), "is not there"),
+        (lambda c: c["class_dict"].update(n00000003=[0, 1, 1]), "is named twice"),
+        (lambda c: c["class_dict"].update(n00000003=[0, 1]), "has 2 images instead of 3"),
+        (lambda c: c["class_dict"].update(n00000005=[0]), "n00000005/00000 does not belong"),
+        (lambda c: c.update(class_dict=[1]), "AttributeError"),
+    ],
+)
+def test_other_pickles_of_mini_imagenet_are_refused(tmp_path, synsets, change, why):
+    content = {
+        "image_data": np.zeros((3, 84, 84, 3), np.uint8),
+        "class_dict": {"n00000003": [0, 1, 2]},
+    }
+    where = {"data_dir": tmp_path / "pickles", "cache_dir": tmp_path / "cache"}
+    path = where["data_dir"] / "mini-imagenet-cache-val.pkl"
+    write(path, pickle.dumps(content))
+    assert describe("mini", "val", **where).counts == (3,)
+    change(content)
+    write(path, pickle.dumps(content))
+    assert why in refusal("mini", "val", **where)
 
 
 # CUB and D'Claw.

@@ -37,6 +37,10 @@ DATASETS: dict[str, Dataset] = {
 """The known data sets by name; add your own."""
 
 
+LARGEST = 2048
+"""Height and width of the largest images."""
+
+
 class Manifest(NamedTuple):
     """What a split holds.
 
@@ -129,6 +133,8 @@ def describe(
 def _options(splits: Splits | None, size: int | None, skip_bad_images: int) -> Options:
     if size is not None:
         check_count("size", size)
+        if size > LARGEST:
+            raise ValueError(f"size={size} was asked for; take {LARGEST} or less.")
     check_count("skip_bad_images", skip_bad_images, 0)
     return Options(None if splits is None else files.read_splits(splits), size, skip_bad_images)
 

@@ -109,8 +109,12 @@ def _refusals(files: Files, split: str, data_dir: Path | None) -> Iterator[dict[
             raise ValueError("there is no such folder")
         for root in files.roots[split]:
             if (place := trees.locate(data_dir, root)) is None:
-                archives = ", ".join(f"{root}{suffix}" for suffix in trees.ARCHIVES)
-                raise ValueError(f"it has neither {root}/ nor {archives}")
+                kinds = ", ".join(f"{root}{suffix}" for suffix in trees.ARCHIVES)
+                raise ValueError(
+                    f"it has neither {root}/ nor {kinds}"
+                    if data_dir.is_dir()
+                    else f"it is neither a folder nor an archive (known are {kinds})"
+                )
             places[root] = place
         yield places
     except Unreadable:

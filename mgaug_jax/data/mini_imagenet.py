@@ -111,8 +111,10 @@ def _from_pickle(files: Files, tree: Tree, path: str) -> Found:
         rows = {f"{name}/{i:05}": i for name, each in classes.items() for i in each}
         if data.dtype != "uint8" or data.ndim != 4 or data.shape[-1] != 3:
             raise TypeError(f"images are {data.dtype} {list(data.shape)}")
-        if rows and not 0 <= min(rows.values()) <= max(rows.values()) < len(data):
+        if not all(0 <= row < len(data) for row in rows.values()):
             raise IndexError("an image of a class is not there")
+        if len(rows) != sum(map(len, images.values())):
+            raise ValueError("an image is named twice")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not as expected ({error!r})") from error
     if files.size > max(data.shape[1:3]):
