@@ -77,7 +77,7 @@ def open_table(folder: Path, made: runs.Setup) -> dict[str, Any]:
         "episodes": FLAGS.episodes,
         "digests": made.digests,
     }
-    for name in ("method", "seed", "eval_every", "data_dir"):
+    for name in ("method", "seed", "eval_every", "data_dir", "splits"):
         del identity[name]
     table = {"problem": identity, "metric": made.metric, "versions": store.versions(), "rows": {}}
     try:

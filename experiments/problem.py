@@ -3,13 +3,21 @@
 from absl import flags
 
 from experiments import runs
+from mgaug_jax.data import DATASETS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "net", None, "Spec of the network: conv4(width=64), resnet10, mlp. Default: by the data."
 )
-flags.DEFINE_string("data", "glyphs", "Data set: glyphs, omniglot or sinusoid.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set's official files.")
+flags.DEFINE_string("data", "glyphs", f"Data set: {', '.join(DATASETS)} or sinusoid.")
+flags.DEFINE_string("data_dir", None, "Folder of the data set's official files, or an archive.")
+flags.DEFINE_string(
+    "splits", None, "JSON file with the classes of train, val and test, in place of the official."
+)
+flags.DEFINE_integer("image_size", None, "Height and width of the images. Default: by the data.")
+flags.DEFINE_integer(
+    "skip_bad_images", 0, "So many images of a split may be unreadable; they are left out."
+)
 flags.DEFINE_string(
     "labels",
     "exclusive",
@@ -29,7 +37,10 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "rotations", False, "Training classes turned by 90, 180 and 270 degrees are classes too."
 )
-NAMES = "net data data_dir labels way shot queries tasks steps outer_lr schedule rotations".split()
+NAMES = (
+    "net data data_dir splits image_size skip_bad_images labels way shot queries tasks steps "
+    "outer_lr schedule rotations"
+).split()
 
 
 def config(method: str, seed: int, eval_every: int) -> runs.Config:

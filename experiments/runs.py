@@ -8,7 +8,6 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +58,9 @@ class Config:
     seed: int
     schedule: str = "constant"
     rotations: bool = False
+    splits: str | None = None
+    image_size: int | None = None
+    skip_bad_images: int = 0
 
     @property
     def task(self) -> str:
@@ -148,15 +150,19 @@ def _classification(config: Config, say) -> Setup:
     sample = episodes.sampler(
         config.way, config.shot, config.queries, config.tasks, LABELS[config.labels]
     )
-    load = partial(data.load, config.data, data_dir=config.data_dir, progress=say)
-    splits = {name: load(name) for name in names}
+    options = {
+        "data_dir": config.data_dir,
+        "splits": config.splits,
+        "size": config.image_size,
+        "skip_bad_images": config.skip_bad_images,
+    }
+    splits = {name: data.load(config.data, name, progress=say, **options) for name in names}
     if config.rotations:
         splits["train"] = episodes.with_rotations(splits["train"])
     for name, images in splits.items():
         queries = config.queries if name == "train" else 1
         episodes.check(images, config.way, config.shot, queries, f"the {name} split")
-    describe = partial(data.describe, config.data, data_dir=config.data_dir)
-    digests = {name: describe(name).digest for name in names}
+    digests = {name: data.describe(config.data, name, **options).digest for name in names}
     fewest = min(int(splits[name].counts.min()) for name in ("val", "test"))
     queries = min(TEST_QUERIES, fewest - config.shot)
     episode = episodes.sampler(config.way, config.shot, queries, 1)

@@ -104,7 +104,7 @@ def same_run(old: runs.Config, new: runs.Config, where: Path) -> None:
     """
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
     spans = new.schedule != "constant" or spec.spans_run(new.method)
-    free = {"data_dir"} | (set() if spans else {"steps"})
+    free = {"data_dir", "splits"} | (set() if spans else {"steps"})
     changed = [
         f"--{name} is {after[name]!r} but was {before[name]!r}"
         for name in before

@@ -181,6 +181,10 @@ BAD = {
     "--labels=none": "--labels=none is none of exclusive",
     "--shot=one": "--shot=one",
     "--no_such_flag=1": "no_such_flag",
+    "--splits=none.json": "splits=none.json was asked for, but",
+    "--image_size=0": "size=0 was asked for",
+    "--image_size=32": "glyphs was asked for with other splits, another size",
+    "--skip_bad_images=-1": "skip_bad_images=-1 was asked for",
     "stray": "'stray' is not a flag",
     "--resume": "--resume needs --out",
 }

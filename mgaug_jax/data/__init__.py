@@ -4,26 +4,41 @@
     images = load("omniglot", "test", data_dir="/data/omniglot")
 
 A data set is a `Dataset` in `DATASETS`: `glyphs` is drawn, the others are read from the official
-files in `data_dir`. Regression tasks need no data: see `mgaug_jax.data.sinusoid`.
+files in `data_dir`, which may be an archive, and `folder` is of your own images. Regression tasks
+need no data: see `mgaug_jax.data.sinusoid`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from mgaug_jax.data import glyphs, omniglot, sinusoid
+from mgaug_jax.checks import check_count
+from mgaug_jax.data import cifar, cub, dclaw, files, glyphs, mini_imagenet, omniglot, sinusoid
 from mgaug_jax.data.cache import Entry, cached
-from mgaug_jax.data.record import SPLITS, Dataset, Decoded
+from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options
 from mgaug_jax.episodes import Images
 
 DATASETS: dict[str, Dataset] = {
     "glyphs": glyphs.dataset(glyphs.Glyphs()),
     "omniglot": omniglot.dataset(),
+    "omniglot_vinyals": omniglot.vinyals(),
+    "omniglot_finn": omniglot.shuffled(1100, 100),
+    "omniglot_mr": omniglot.shuffled(1200, 100),
+    "mini_imagenet": mini_imagenet.dataset(),
+    "cub": cub.dataset(),
+    "cifar_fs": cifar.cifar_fs(),
+    "fc100": cifar.fc100(),
+    **{f"dclaw{permutation}": dclaw.dataset(permutation) for permutation in dclaw.OBJECTS},
+    "folder": files.dataset(),
 }
 """The known data sets by name; add your own."""
+
+
+LARGEST = 2048
+"""Height and width of the largest images."""
 
 
 class Manifest(NamedTuple):
@@ -34,6 +49,7 @@ class Manifest(NamedTuple):
       classes: C names.
       counts: C numbers of images.
       digest: SHA-256, in hex, of the class names, counts and pixels: the split's identity.
+      skipped: Images that were left out since they could not be read.
     """
 
     name: str
@@ -41,6 +57,11 @@ class Manifest(NamedTuple):
     classes: tuple[str, ...]
     counts: tuple[int, ...]
     digest: str
+    skipped: tuple[str, ...] = ()
+
+
+Splits = str | Path | Mapping[str, Sequence[str]]
+"""Classes by split, `{"train": [...], "val": [...], "test": [...]}`, or a JSON file of them."""
 
 
 def load(
@@ -49,6 +70,9 @@ def load(
     *,
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
+    splits: Splits | None = None,
+    size: int | None = None,
+    skip_bad_images: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Images:
     """The images of a split, on the default device.
@@ -56,21 +80,28 @@ def load(
     Args:
       name: One of `DATASETS`.
       split: "train", "val" or "test"; no class is in two of them.
-      data_dir: Folder of the official files. None for `glyphs`, or to take what the cache has.
+      data_dir: Folder of the official files, or an archive of it. None for `glyphs`, or to take
+        what the cache has.
       cache_dir: Where decoded splits are kept; default `$MGAUG_JAX_CACHE`, else
         `$XDG_CACHE_HOME/mgaug_jax`, else `~/.cache/mgaug_jax`.
+      splits: Classes by split, or a JSON file of them, in place of the official ones. Then the
+        official number of images does not bind either.
+      size: Height and width, in place of the data set's own (28, 32 or 84).
+      skip_bad_images: So many images of the split may be unreadable; they are left out and listed.
       progress: Is told in one line what takes time.
 
     Raises:
-      ValueError: Unknown name or split, or a folder that does not hold the data set.
+      ValueError: Unknown name or split, an option that the data set has not, a source that does
+        not hold the data set, or a cache that cannot be written.
     """
-    entry = _entry(name, split, data_dir, cache_dir, progress)
+    options = _options(splits, size, skip_bad_images)
+    entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
     return Images(
         # A copy: an array that shared the mapped file's memory would change with the file.
         jnp.array(np.load(entry.pixels, mmap_mode="r")),
         jnp.array(entry.manifest["counts"], jnp.int32),
-        jnp.array(DATASETS[name].mean, jnp.float32),
-        jnp.array(DATASETS[name].std, jnp.float32),
+        jnp.array(dataset.mean, jnp.float32),
+        jnp.array(dataset.std, jnp.float32),
     )
 
 
@@ -80,25 +111,62 @@ def describe(
     *,
     data_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
+    splits: Splits | None = None,
+    size: int | None = None,
+    skip_bad_images: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Classes and identity of a split, from the cache, which is built if need be; see `load`."""
-    manifest = _entry(name, split, data_dir, cache_dir, progress).manifest
+    options = _options(splits, size, skip_bad_images)
+    entry, _ = _entry(name, split, data_dir, cache_dir, options, progress)
+    about = entry.manifest
     return Manifest(
-        name, split, tuple(manifest["classes"]), tuple(manifest["counts"]), manifest["digest"]
+        name,
+        split,
+        tuple(about["classes"]),
+        tuple(about["counts"]),
+        about["digest"],
+        tuple(about["skipped"]),
     )
 
 
-def _entry(name, split, data_dir, cache_dir, progress) -> Entry:
+def _options(splits: Splits | None, size: int | None, skip_bad_images: int) -> Options:
+    if size is not None:
+        check_count("size", size)
+        if size > LARGEST:
+            raise ValueError(f"size={size} was asked for; take {LARGEST} or less.")
+    check_count("skip_bad_images", skip_bad_images, 0)
+    return Options(None if splits is None else files.read_splits(splits), size, skip_bad_images)
+
+
+def _entry(name, split, data_dir, cache_dir, options, progress) -> tuple[Entry, Dataset]:
     for what, value, known in (("data set", name, DATASETS), ("split", split, SPLITS)):
         if value not in known:
             raise ValueError(
                 f"The {what} {value!r} was asked for, but is not known; take one of "
                 f"{', '.join(known)}."
             )
+    dataset = DATASETS[name]
+    if options != Options():
+        if dataset.adapt is None:
+            raise ValueError(
+                f"{name} was asked for with other splits, another size or bad images to skip, but "
+                "it has no such options; leave them out."
+            )
+        dataset = dataset.adapt(options)
     data_dir = None if data_dir is None else Path(data_dir)
     cache_dir = None if cache_dir is None else Path(cache_dir)
-    return cached(DATASETS[name], name, split, data_dir, cache_dir, progress)
+    return cached(dataset, name, split, data_dir, cache_dir, progress), dataset
 
 
-__all__ = ["DATASETS", "SPLITS", "Dataset", "Decoded", "Manifest", "describe", "load", "sinusoid"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "Dataset",
+    "Decoded",
+    "Manifest",
+    "Options",
+    "describe",
+    "load",
+    "sinusoid",
+]

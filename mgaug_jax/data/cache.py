@@ -16,7 +16,7 @@ import numpy as np
 
 from mgaug_jax.data.record import Dataset, Decoded, Progress
 
-FORMAT = 1
+FORMAT = 2
 """Version of the entries; raise it when they, or what the readers make of a source, change."""
 
 
@@ -47,18 +47,20 @@ def cached(
 
     Raises:
       ValueError: The data set cannot be read from `data_dir`, or, without one, the cache does not
-        have it.
+        have it, or it cannot be written. Nothing half-built is left then.
     """
     folder = cache_dir or default_folder()
     stem = f"{name}-{split}-{_key(dataset.parameters)}-"
     if data_dir is None and dataset.tree:
-        found = [entry for place in folder.glob(f"{stem}*") if (entry := _read(place)[0])]
+        read = [_read(place) for place in folder.glob(f"{stem}*")]
+        found = [entry for entry, _ in read if entry]
         contents = {entry.manifest["digest"] for entry in found}
         if len(contents) != 1:
+            useless = "".join(f" ({wrong})" for entry, wrong in read if not entry)
             raise ValueError(
                 f"{name} was asked for without a data folder, but the cache {folder} has "
-                f"{len(contents)} different copies of its {split} split; give a data_dir that looks"
-                f" like this:\n{dataset.tree}"
+                f"{len(contents)} different copies of its {split} split{useless}; give a data_dir "
+                f"that looks like this:\n{dataset.tree}"
             )
         return found[0]
     source = dataset.fingerprint(split, data_dir)
@@ -67,17 +69,23 @@ def cached(
     if entry is not None:
         return entry
     progress(f"{name}: building the cache of {split} in {folder} ({wrong})")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, for a rename cannot cross file systems.
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
-        scratch, new = Path(temporary, "scratch"), Path(temporary, "new")
-        scratch.mkdir()
-        decoded = dataset.build(split, data_dir, scratch, progress)
-        _write(new, decoded, {"name": name, "split": split, "source": source})
-        _publish(new, place, Path(temporary, "old"))
-    entry, wrong = _read(place)
-    if entry is None:
-        raise OSError(f"{place} was just written, but cannot be used: {wrong}; check the disk.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside its final place, for a rename cannot cross file systems.
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
+            scratch, new = Path(temporary, "scratch"), Path(temporary, "new")
+            scratch.mkdir()
+            decoded = dataset.build(split, data_dir, scratch, progress)
+            _write(new, decoded, {"name": name, "split": split, "source": source})
+            _publish(new, place, Path(temporary, "old"))
+        entry, wrong = _read(place)
+        if entry is None:
+            raise OSError(wrong)
+    except OSError as error:  # of the source nothing but ValueError comes
+        raise ValueError(
+            f"{name} was asked for, but its {split} split cannot be kept in the cache {folder} "
+            f"({error}); make room there, or name another folder by cache_dir or $MGAUG_JAX_CACHE."
+        ) from error
     return entry
 
 
@@ -117,6 +125,7 @@ def _write(place: Path, decoded: Decoded, about: dict[str, Any]) -> None:
         "format": FORMAT,
         **about,
         **content,
+        "skipped": list(decoded.skipped),
         "shape": pixels.shape,
         "digest": digest.hexdigest(),
         "sha256": _sha256(place / "pixels.npy"),
@@ -125,7 +134,11 @@ def _write(place: Path, decoded: Decoded, about: dict[str, Any]) -> None:
 
 
 def _publish(new: Path, place: Path, old: Path) -> None:
-    """Moves the entry into its place; what was there goes to `old`."""
+    """Moves the entry into its place. One that another process built meanwhile stays: someone may
+    be about to read it. What else was there goes to `old`.
+    """
+    if _read(place)[0] is not None:
+        return
     with suppress(FileNotFoundError):
         place.rename(old)
     try:
@@ -133,4 +146,4 @@ def _publish(new: Path, place: Path, old: Path) -> None:
     except OSError:
         if not place.exists():
             raise
-        # Another process built the same entry meanwhile; it is checked like any other.
+        # Built by another process between these lines; it is checked like any other.

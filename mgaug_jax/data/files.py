@@ -1,23 +1,29 @@
-"""Data sets that are image files in class folders, in a folder or in a zip of the same name.
-
-Zips are read in memory, file by file: nothing is ever extracted.
-"""
+"""Data sets that are read from files: what they have in common, and the folder of one's own."""
 
 import hashlib
 import json
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mgaug_jax.data.ingest import Example, ingest
-from mgaug_jax.data.record import Dataset, Decoded, Progress
+from mgaug_jax.data import pixels, trees
+from mgaug_jax.data.ingest import Example, Unreadable, ingest
+from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options, Progress
+from mgaug_jax.data.trees import Tree
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Found(NamedTuple):
+    """Images of a source: class -> keys, and `key -> content of an image file`."""
+
+    images: Mapping[str, Sequence[str]]
+    read: Callable[[str], bytes]
 
 
 class Files(NamedTuple):
@@ -26,103 +32,253 @@ class Files(NamedTuple):
     Attributes:
       name: Of the data set.
       tree: What the data folder looks like, for messages.
-      expected: For every root (a folder, or a zip that holds such a folder) the number of images
-        of each of its classes.
-      splits: For every split its root and its classes.
-      decode: `file content -> uint8 [h, w, c]`, the same shape for all.
+      find: `(self, tree, split) -> Found`; refuses files that do not belong there.
+      splits: Split -> classes; None if the folders say.
+      roots: Split -> folders, or archives that hold such a folder, to be looked at.
+      count: Images of every class; None if the data set says itself.
+      size: Height and width of the images.
+      decode: `(file content, size) -> uint8 [size, size, c]`.
       parameters: JSON; what `decode` depends on.
-      label: `path below the root -> class`.
       mean, std: `[c]`, of pixels scaled to [0, 1].
+      keep: Says of the first name below a root whether it matters.
+      official: Whether these are the official splits: then every class must be there, with all its
+        images, and no other.
+      skip: So many images of a split may be unreadable.
     """
 
     name: str
     tree: str
-    expected: Mapping[str, Mapping[str, int]]
-    splits: Mapping[str, tuple[str, tuple[str, ...]]]
-    decode: Callable[[bytes], np.ndarray]
-    parameters: dict[str, Any]
-    label: Callable[[str], str] = lambda path: str(PurePosixPath(path).parent)
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    find: Callable[["Files", Tree, str], Found]
+    splits: Mapping[str, tuple[str, ...]] | None
+    roots: Mapping[str, tuple[str, ...]]
+    count: int | None
+    size: int
+    decode: Callable[[bytes, int], np.ndarray] = pixels.decode
+    parameters: Mapping[str, Any] = {"resize": "LANCZOS"}
+    mean: tuple[float, ...] = pixels.IMAGENET_MEAN
+    std: tuple[float, ...] = pixels.IMAGENET_STD
+    keep: Callable[[str], bool] = lambda name: True
+    official: bool = True
+    skip: int = 0
 
 
 def from_files(files: Files) -> Dataset:
-    """The data set of a description; every use checks the data folder against it."""
+    """The data set of a description; a build checks the source against it."""
 
     def fingerprint(split: str, data_dir: Path | None) -> dict[str, Any]:
-        root, _ = files.splits[split]
-        with _open(files, root, data_dir) as (stamps, _):
-            _check(files, root, data_dir, stamps)
-        digest = hashlib.sha256(json.dumps(sorted(stamps.items())).encode()).hexdigest()
-        return {"root": root, "files": len(stamps), "sha256": digest}
+        with _refusals(files, split, data_dir) as places:
+            return {
+                root: trees.fingerprint(place, root, files.keep) for root, place in places.items()
+            }
 
     def build(split: str, data_dir: Path | None, scratch: Path, progress: Progress) -> Decoded:
-        root, classes = files.splits[split]
-        expected = {name: files.expected[root][name] for name in classes}
-        with _open(files, root, data_dir) as (stamps, read):
-            examples = (
-                Example(path, files.label(path), read(path))
-                for path in sorted(stamps)
-                if files.label(path) in expected
-            )
-            return ingest(files.name, examples, expected, files.decode, scratch, progress)
+        with (
+            _refusals(files, split, data_dir) as places,
+            trees.opened(places, files.keep) as tree,
+        ):
+            found = files.find(files, tree, split)
+            chosen = _chosen(files, found.images, split)
+            order = {path: i for i, path in enumerate(tree.marks)}  # a tar is slow in any other
+            pairs = [(key, name) for name, keys in chosen.items() for key in keys]
+            pairs.sort(key=lambda pair: order.get(pair[0], 0))
+            examples = (Example(key, name, found.read(key)) for key, name in pairs)
+            decode = lambda data: files.decode(data, files.size)
+            return ingest(files.name, examples, chosen, decode, scratch, progress, files.skip)
 
-    parameters = {**files.parameters, "splits": files.splits, "expected": files.expected}
-    return Dataset(parameters, fingerprint, build, files.tree, files.mean, files.std)
+    def adapt(options: Options) -> Dataset:
+        other = files._replace(size=options.size or files.size, skip=options.skip_bad_images)
+        if options.splits is not None:  # which may take classes from anywhere
+            roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
+            roots = dict.fromkeys(SPLITS, roots)
+            other = other._replace(splits=options.splits, official=False, roots=roots)
+        return from_files(other)
 
-
-def _wrong(files: Files, data_dir: Path | None, why: str) -> ValueError:
-    return ValueError(
-        f"{files.name} was asked for from {data_dir}, but {why}; give a data_dir that looks like "
-        f"this:\n{files.tree}"
-    )
-
-
-def _is_image(path: str) -> bool:
-    """Leaves out what operating systems strew about (`.DS_Store`, `__MACOSX/._x.png`)."""
-    hidden = any(part.startswith((".", "__")) for part in PurePosixPath(path).parts)
-    return path.lower().endswith(SUFFIXES) and not hidden
+    said = ("splits", "count", "size", "official", "skip")
+    parameters = {**files.parameters, **{name: getattr(files, name) for name in said}}
+    return Dataset(parameters, fingerprint, build, files.tree, files.mean, files.std, adapt)
 
 
 @contextmanager
-def _open(
-    files: Files, root: str, data_dir: Path | None
-) -> Iterator[tuple[dict[str, tuple[int, int]], Callable[[str], bytes]]]:
-    """`stamps, read` of the images below a root: for each path its size and a mark that changes
-    with its content (CRC in a zip, else time of change), and a function from path to bytes.
+def _refusals(files: Files, split: str, data_dir: Path | None) -> Iterator[dict[str, Path]]:
+    """Root -> place; what is wrong with them becomes a refusal that shows the expected tree, and
+    the SHA-256 of archives.
     """
-    if data_dir is None or not data_dir.is_dir():
-        raise _wrong(files, data_dir, "there is no such folder")
-    folder, archive = data_dir / root, data_dir / f"{root}.zip"
-    if folder.is_dir():
-        found = ((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.*"))
-        stats = {name: path.stat() for name, path in found if _is_image(name)}
-        stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-        yield stamps, lambda path: (folder / path).read_bytes()
-    elif archive.is_file():
-        prefix = f"{root}/"
-        try:
-            with zipfile.ZipFile(archive) as file:
-                stamps = {
-                    info.filename.removeprefix(prefix): (info.file_size, info.CRC)
-                    for info in file.infolist()
-                    if info.filename.startswith(prefix) and _is_image(info.filename)
-                }
-                yield stamps, lambda path: file.read(prefix + path)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise _wrong(files, data_dir, f"{archive.name} is damaged ({error})") from error
+    places = {}
+    try:
+        if data_dir is None or not data_dir.exists():
+            raise ValueError("there is no such folder")
+        for root in files.roots[split]:
+            if (place := trees.locate(data_dir, root)) is None:
+                kinds = ", ".join(f"{root}{suffix}" for suffix in trees.ARCHIVES)
+                raise ValueError(
+                    f"it has neither {root}/ nor {kinds}"
+                    if data_dir.is_dir()
+                    else f"it is neither a folder nor an archive (known are {kinds})"
+                )
+            places[root] = place
+        yield places
+    except Unreadable:
+        raise
+    except ValueError as error:
+        why = str(error)
+        for place in places.values():
+            if place.is_file():
+                with place.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                why += f" ({place.name} has the SHA-256 {digest})"
+        raise ValueError(
+            f"{files.name} was asked for from {data_dir}, but {why}; give a data_dir that looks "
+            f"like this:\n{files.tree}"
+        ) from error
+
+
+def _chosen(
+    files: Files, images: Mapping[str, Sequence[str]], split: str
+) -> dict[str, Sequence[str]]:
+    """The classes of a split with their images; refuses a source that has others."""
+    if files.splits is None:
+        names = tuple(images)
+    elif split in files.splits:
+        names = files.splits[split]
     else:
-        raise _wrong(files, data_dir, f"it has neither {root}/ nor {archive.name}")
+        raise ValueError(f"the splits that were given have no {split}")
+    if files.official and files.splits is not None:
+        for name in sorted(
+            images.keys() - {name for each in files.splits.values() for name in each}
+        ):
+            raise ValueError(f"{(*images[name], name)[0]} does not belong there")
+    missing = [name for name in names if not images.get(name)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} {split} classes have no images: "
+            f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)} (splits can name fewer classes)"
+        )
+    if not names:
+        raise ValueError(f"there is no class of images for {split}")
+    if files.official and files.count is not None:
+        for name in names:
+            if len(images[name]) != files.count:
+                raise ValueError(f"{name} has {len(images[name])} images instead of {files.count}")
+    return {name: images[name] for name in names}
 
 
-def _check(files: Files, root: str, data_dir: Path | None, stamps: dict) -> None:
-    """Refuses a root that has not exactly the classes and images it should have."""
-    expected = files.expected[root]
-    for path in sorted(stamps):
-        if files.label(path) not in expected:
-            raise _wrong(files, data_dir, f"{root}/{path} does not belong there")
-    found = Counter(map(files.label, stamps))
-    for name in sorted(expected):
-        if found[name] != expected[name]:
-            why = f"{root}/{name} has {found[name]} images instead of {expected[name]}"
-            raise _wrong(files, data_dir, why)
+def class_folders(tree: Tree, prefix: str = "", depth: int = 1) -> dict[str, list[str]]:
+    """Images by class: a class is a folder so many levels below a prefix, its name the path below
+    the prefix.
+
+    Raises:
+      ValueError: An image lies in no class, or deeper than its class.
+    """
+    found: dict[str, list[str]] = {}
+    start = f"{prefix}/" if prefix else ""
+    for path in (*sorted(tree.folders), *tree.marks):
+        if not path.startswith(start):
+            continue
+        parts = path.removeprefix(start).split("/")
+        if path in tree.folders:
+            if len(parts) == depth:
+                found[path.removeprefix(start)] = []
+        elif path.lower().endswith(SUFFIXES):
+            if len(parts) != depth + 1:
+                raise ValueError(
+                    f"{path} does not belong there: images lie in class folders {depth} "
+                    f"{'level' if depth == 1 else 'levels'} below {prefix or 'the data folder'}, "
+                    "and nowhere else"
+                )
+            found["/".join(parts[:-1])].append(path)
+    return found
+
+
+def disjoint(splits: Mapping[str, Sequence[str]]) -> None:
+    """Refuses splits that share a class.
+
+    Raises:
+      ValueError: They do.
+    """
+    seen: dict[str, str] = {}
+    for split, names in splits.items():
+        for name in names:
+            if name in seen:
+                raise ValueError(f"the class {name} is in {seen[name]} and in {split}")
+            seen[name] = split
+
+
+def read_splits(source: str | Path | Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Split -> classes, from a mapping or from a JSON file that holds one.
+
+    Raises:
+      ValueError: It is not `{"train": [class, ...], "val": [...], "test": [...]}` (one or two may
+        be absent), a list is empty, or a class is named twice.
+    """
+    what = "splits" if isinstance(source, Mapping) else f"splits={source}"
+    try:
+        content = source
+        if not isinstance(source, Mapping):
+            content = json.loads(Path(source).read_text("utf-8"))
+        if not isinstance(content, Mapping) or not content or content.keys() - set(SPLITS):
+            raise ValueError("it has other parts than train, val and test")
+        for split, names in content.items():
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{split} is not a list of names")
+            if not names:
+                raise ValueError(f"{split} is empty")
+        disjoint(content)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{what} was asked for, but {error}; give a JSON file such as "
+            '{"train": ["cat", "dog"], "val": ["cow"], "test": ["hen"]}.'
+        ) from error
+    return {split: tuple(names) for split, names in content.items()}
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """A list that comes with this package; its "source" says from where."""
+    place = resources.files("mgaug_jax.data") / "lists" / f"{name}.json"
+    return json.loads(place.read_text("utf-8"))
+
+
+# --- own images -----------------------------------------------------------------------------
+
+TREE = """\
+data_dir/              (or a zip or tar of it)
+  train/
+    cat/
+      any_name.jpg ... (PNG or JPEG)
+    ...                any number of classes
+  val/
+    ...                other classes
+  test/
+    ...                yet other classes
+or, with splits=FILE, a JSON file {"train": ["cat", ...], "val": [...], "test": [...]},
+data_dir/
+  cat/
+    any_name.jpg ...
+  ..."""
+
+
+def _find(files: Files, tree: Tree, split: str) -> Found:
+    if files.splits is not None:
+        return Found(class_folders(tree), tree.read)
+    tops = {PurePosixPath(path).parts[0] for path in tree.folders}
+    if split not in tops:
+        raise ValueError(f"there is no folder {split}")
+    found = {name: class_folders(tree, name) for name in SPLITS if name in tops}
+    disjoint({name: list(images) for name, images in found.items()})
+    return Found(found[split], tree.read)
+
+
+def dataset(size: int = 84) -> Dataset:
+    """Your own images: classes are folders, in a folder for each split or named by a file."""
+    return from_files(
+        Files(
+            name="folder",
+            tree=TREE,
+            find=_find,
+            splits=None,
+            roots=dict.fromkeys(SPLITS, ("",)),
+            count=None,
+            size=size,
+            decode=partial(pixels.decode, upright=True),
+            parameters={"resize": "LANCZOS", "upright": True},
+        )
+    )

@@ -1,7 +1,10 @@
 """From image files to one array, through tensorflow-datasets without TensorFlow."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mgaug_jax.data.record import Decoded, Progress
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, MemoryError)
+"""What Pillow raises for a broken file."""
+
+
+class Unreadable(ValueError):
+    """Images that cannot be decoded, or did not come back from the disk."""
 
 
 class Example(NamedTuple):
@@ -22,50 +32,98 @@ class Example(NamedTuple):
 def ingest(
     name: str,
     examples: Iterable[Example],
-    expected: Mapping[str, int],
+    images: Mapping[str, Sequence[str]],
     decode: Callable[[bytes], np.ndarray],
     scratch: Path,
     progress: Progress,
+    skip: int = 0,
 ) -> Decoded:
     """Writes examples as a TFDS data set, reads it back, checks it and decodes it.
 
     Args:
       name: Of the data set.
       examples: The images of one split, in any order.
-      expected: Number of images of each class.
+      images: Keys of the images of each class.
       decode: `file content -> uint8 [h, w, c]`, the same shape for all.
-      scratch: Folder for the TFDS data set; the caller removes it.
+      scratch: Folder for the TFDS data set and for the pixels; the caller removes it.
       progress: Is told the steps.
+      skip: So many images may be unreadable; they are left out and listed.
 
     Raises:
-      ValueError: An image cannot be decoded, or a class has not its expected number of images.
+      Unreadable: More images cannot be decoded, or a class is not read back whole.
+      OSError: The scratch folder cannot be written.
     """
-    total = sum(expected.values())
-    progress(f"{name}: writing {total} images as a TFDS data set")
+    classes = sorted(images)
+    places = {
+        key: (c, m)
+        for c, label in enumerate(classes)
+        for m, key in enumerate(sorted(images[label]))
+    }
+    counts = np.array([len(images[label]) for label in classes], np.int32)
+    progress(f"{name}: writing {len(places)} images as a TFDS data set")
     source = _write(name, examples, scratch)
-    if len(source) != total:
-        raise ValueError(f"{name}: {total} images were to be written, but {len(source)} were.")
-    progress(f"{name}: decoding {total} images of {len(expected)} classes")
-    images: dict[str, dict[str, np.ndarray]] = {label: {} for label in expected}
-    for example in _read(name, source):
+    if len(source) != len(places):
+        raise Unreadable(
+            f"{name}: {len(places)} images were to be written, but {len(source)} were."
+        )
+    progress(f"{name}: decoding {len(places)} images of {len(classes)} classes")
+    pixels, bad = None, {}
+    have = np.zeros((len(classes), counts.max()), bool)
+    for key, data in _read(name, source):
         try:
-            images[example.label][example.key] = decode(example.image)
-        except (OSError, SyntaxError) as error:  # Pillow raises both for a broken file
-            raise ValueError(
-                f"{name}: {example.key} cannot be read as an image ({error}); replace that file."
-            ) from error
-    for label, count in expected.items():
-        if len(images[label]) != count:
-            raise ValueError(
-                f"{name}: {len(images[label])} images of {label} were read back instead of {count}."
-            )
-    classes = sorted(expected)
-    shape = next(iter(images[classes[0]].values())).shape
-    pixels = np.zeros((len(classes), max(expected.values()), *shape), np.uint8)
+            image = _decoded(decode, data)
+        except BROKEN as error:
+            bad[key] = f"{key} ({error})"
+            if len(bad) > skip:
+                raise Unreadable(
+                    f"{name}: {len(bad)} images cannot be read: {', '.join(bad.values())}; replace "
+                    "or remove them, or let skip_bad_images be a larger number."
+                ) from error
+            continue
+        if pixels is None:
+            pixels = _zeros(scratch / "pixels.npy", (*have.shape, *image.shape))
+        pixels[places[key]], have[places[key]] = image, True
+    for key in bad:
+        counts[places[key][0]] -= 1
     for c, label in enumerate(classes):
-        pixels[c, : expected[label]] = [images[label][key] for key in sorted(images[label])]
-    counts = np.array([expected[label] for label in classes], np.int32)
-    return Decoded(pixels, counts, tuple(classes))
+        if have[c].sum() != counts[c]:
+            raise Unreadable(
+                f"{name}: {have[c].sum()} images of {label} were read back instead of {counts[c]}."
+            )
+        if not counts[c]:
+            raise Unreadable(f"{name}: no image of {label} can be read; replace them.")
+    assert pixels is not None  # every class has an image
+    for c in {places[key][0] for key in bad}:
+        whole = pixels[c, have[c]]
+        pixels[c] = 0
+        pixels[c, : len(whole)] = whole
+    if bad:
+        progress(f"{name}: left out {len(bad)} of {len(places)} images: {', '.join(bad.values())}")
+    return Decoded(pixels, counts, tuple(classes), tuple(sorted(bad)))
+
+
+def _zeros(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 zeros on disk, since some data sets are larger than memory. They are written, not just
+    mapped: to write to mapped memory that a full disk cannot hold would end the process.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(shape[0]):
+            file.write(bytes(math.prod(shape[1:])))
+    return np.load(path, mmap_mode="r+")
+
+
+def _decoded(decode: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
+    """The image, unless it is so large that it may be meant to exhaust the memory."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return decode(data)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(f"too large to be trusted: {error}") from error
 
 
 def _write(name: str, examples: Iterable[Example], folder: Path):
@@ -93,20 +151,23 @@ def _write(name: str, examples: Iterable[Example], folder: Path):
     # TFDS writes tfrecord by default, which only TensorFlow reads.
     builder = Builder(data_dir=folder, file_format="array_record")
     tfds.disable_progress_bar()
-    with redirect_stdout(io.StringIO()):  # it announces a download, but there is none
-        builder.download_and_prepare()
+    try:
+        with redirect_stdout(io.StringIO()):  # it announces a download, but there is none
+            builder.download_and_prepare()
+    except RuntimeError as error:  # of array_record, when it cannot write
+        raise OSError(str(error)) from error
     return builder.as_data_source(
         split="images",  # pyright: ignore[reportCallIssue]  (it is decorated)
         decoders={"image": tfds.decode.SkipDecoding()},
     )
 
 
-def _read(name: str, source) -> Iterator[Example]:
-    """The examples of a data source; a damaged record of it has None for fields, or keys of
+def _read(name: str, source) -> Iterator[tuple[str, bytes]]:
+    """Keys and images of a data source; a damaged record of it has None for fields, or keys of
     records already read.
     """
     for i in range(len(source)):
         record = source[i]
         if any(record[field] is None for field in Example._fields):
-            raise ValueError(f"{name}: record {i} was not read back; check the disk.")
-        yield Example(record["key"].decode(), record["label"].decode(), record["image"])
+            raise Unreadable(f"{name}: record {i} was not read back; check the disk.")
+        yield record["key"].decode(), record["image"]

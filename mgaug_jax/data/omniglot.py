@@ -1,17 +1,22 @@
 """Omniglot (Lake et al., 2015) in its official layout: 1623 characters of 50 alphabets, 20 times
 each, as 28 x 28 images with ink 255 on 0.
 
-Test is the evaluation set. Of the background set's 30 alphabets, five of 17 to 48 characters (15 %
-of all), none a kin of one that stays, are the validation split.
+There are four splits of it. In the official one the test is the evaluation set; of the background
+set's 30 alphabets, five of 17 to 48 characters (15 % of all), none a kin of one that stays, are the
+validation split.
 """
 
-import io
+import random
 from collections.abc import Mapping
 
 import numpy as np
 
-from mgaug_jax.data.files import Files, from_files
-from mgaug_jax.data.record import Dataset
+from mgaug_jax.data import pixels
+from mgaug_jax.data.files import Files, Found, class_folders, from_files, shipped
+from mgaug_jax.data.record import SPLITS, Dataset
+from mgaug_jax.data.trees import Tree
+
+ROOTS = ("images_background", "images_evaluation")
 
 BACKGROUND = {
     "Alphabet_of_the_Magi": 20,
@@ -81,15 +86,16 @@ data_dir/
     ...                20 alphabets, 659 characters, 20 images each"""
 
 
-def decode(data: bytes, size: int = 28) -> np.ndarray:
-    """uint8 `[size, size, 1]`, inverted. A 1-bit image must be made grey before it is resized, or
-    Pillow silently takes nearest neighbours.
-    """
-    from PIL import Image
+def decode(data: bytes, size: int) -> np.ndarray:
+    """uint8 `[size, size, 1]`, inverted: ink is 255."""
+    return 255 - pixels.decode(data, size, "L")
 
-    with Image.open(io.BytesIO(data)) as image:
-        grey = image.convert("L").resize((size, size), Image.Resampling.LANCZOS)
-    return 255 - np.asarray(grey)[..., None]
+
+def characters(alphabets: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the characters of alphabets (name: number of characters)."""
+    return tuple(
+        f"{name}/character{n:02}" for name in alphabets for n in range(1, alphabets[name] + 1)
+    )
 
 
 def dataset(
@@ -98,29 +104,69 @@ def dataset(
     held_out: tuple[str, ...] = HELD_OUT,
     drawers: int = 20,
 ) -> Dataset:
-    """The data set of these alphabets (name: number of characters), drawn by so many people."""
-
-    def characters(alphabets: Mapping[str, int]) -> tuple[str, ...]:
-        return tuple(
-            f"{name}/character{n:02}" for name in alphabets for n in range(1, alphabets[name] + 1)
-        )
-
+    """The official split of these alphabets (name: number of characters), drawn by so many people;
+    some of the background alphabets are held out for validation.
+    """
     learnt = {name: count for name, count in background.items() if name not in held_out}
     kept = {name: background[name] for name in held_out}
+    splits = {"train": learnt, "val": kept, "test": evaluation}
+    places = {"train": ROOTS[:1], "val": ROOTS[:1], "test": ROOTS[1:]}
+    return _dataset({split: characters(of) for split, of in splits.items()}, places, drawers)
+
+
+def vinyals() -> Dataset:
+    """The split of Vinyals et al. (2016): 1028 / 172 / 423 characters."""
+    lists = shipped("omniglot_vinyals")
+    return _dataset(
+        {
+            split: tuple(
+                f"{name}/character{n:02}"
+                for name, (first, last) in lists[split].items()
+                for n in range(first, last + 1)
+            )
+            for split in SPLITS
+        }
+    )
+
+
+def shuffled(train: int, val: int) -> Dataset:
+    """A split of all characters, sorted by name and shuffled by Python's generator of seed 1: so
+    many for training, so many for validation, the rest for the test.
+
+    Finn et al. (2017) and meta-augmentation take 1100 / 100 / 423, shuffled by that seed from the
+    order in which a file system listed them: their characters cannot be had again. MR-MAML takes
+    1200 for training and the rest, 423, for the test. It validates on nothing; we take 100 of those
+    423, for its 20 pools of 60 need all of the 1200.
+    """
+    names = sorted(characters({**BACKGROUND, **EVALUATION}))
+    random.Random(1).shuffle(names)
+    parts = names[:train], names[train : train + val], names[train + val :]
+    return _dataset(dict(zip(SPLITS, map(tuple, parts), strict=True)))
+
+
+def _find(files: Files, tree: Tree, split: str) -> Found:
+    del files, split
+    found = [class_folders(tree, root, depth=2) for root in ROOTS]
+    return Found({**found[0], **found[1]}, tree.read)
+
+
+def _dataset(
+    splits: Mapping[str, tuple[str, ...]],
+    roots: Mapping[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ROOTS),
+    drawers: int = 20,
+) -> Dataset:
     return from_files(
         Files(
             name="omniglot",
             tree=TREE,
-            expected={
-                "images_background": dict.fromkeys(characters(background), drawers),
-                "images_evaluation": dict.fromkeys(characters(evaluation), drawers),
-            },
-            splits={
-                "train": ("images_background", characters(learnt)),
-                "val": ("images_background", characters(kept)),
-                "test": ("images_evaluation", characters(evaluation)),
-            },
+            find=_find,
+            splits=splits,
+            roots=roots,
+            count=drawers,
+            size=28,
             decode=decode,
-            parameters={"size": 28, "resize": "LANCZOS from L"},
+            parameters={"resize": "LANCZOS from L, inverted"},
+            mean=(0.0,),
+            std=(1.0,),
         )
     )
