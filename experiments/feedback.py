@@ -60,6 +60,7 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    problem.adopt_protocol()
     _check()
     folder = store.output(FLAGS.out)
     made = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)

@@ -34,6 +34,7 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    problem.adopt_protocol()
     if FLAGS.methods is None:
         raise cli.BadInput("--methods is missing; --help shows an example.")
     if FLAGS.seeds < 1 or FLAGS.episodes < 1:

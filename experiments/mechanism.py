@@ -52,6 +52,7 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    problem.adopt_protocol()
     if FLAGS.seeds < 1:
         raise cli.BadInput(f"--seeds={FLAGS.seeds} must be 1 or more.")
     if not 0 < FLAGS.rate < float("inf"):

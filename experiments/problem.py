@@ -3,9 +3,14 @@
 from absl import flags
 
 from experiments import runs
+from experiments.cli import BadInput
+from experiments.protocols import PROTOCOLS
 from mgaug_jax.data import DATASETS
 
 FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "protocol", None, "A published protocol; sets other flags' defaults. See experiments.protocols."
+)
 flags.DEFINE_string(
     "net", None, "Spec of the network: conv4(width=64), resnet10, mlp. Default: by the data."
 )
@@ -27,7 +32,16 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("way", 5, "Classes per task.")
 flags.DEFINE_integer("shot", 1, "Support examples per class.")
-flags.DEFINE_integer("queries", 5, "Query examples per class in training; tests use 15.")
+flags.DEFINE_integer("queries", 5, "Query examples per class in training.")
+flags.DEFINE_integer("test_shot", None, "Support examples per class in tests. Default: --shot.")
+flags.DEFINE_integer("test_queries", None, "Query examples per class in tests. Default: 15.")
+flags.DEFINE_integer("test_steps", None, "Inner steps in tests. Default: the method's.")
+flags.DEFINE_string(
+    "test_labels",
+    "exclusive",
+    "Classes of a test task: exclusive (any), or shuffled_groups (neighbours, as D'Claw's two "
+    "classes of an object), in random order.",
+)
 flags.DEFINE_integer("tasks", 4, "Tasks per meta-step.")
 flags.DEFINE_integer("steps", 400, "Meta-steps.")
 flags.DEFINE_float("outer_lr", 1e-3, "Learning rate of Adam in the outer loop.")
@@ -39,8 +53,23 @@ flags.DEFINE_bool(
 )
 NAMES = (
     "net data data_dir splits image_size skip_bad_images labels way shot queries tasks steps "
-    "outer_lr schedule rotations"
+    "outer_lr schedule rotations test_shot test_queries test_steps test_labels"
 ).split()
+
+
+def adopt_protocol() -> None:
+    """Makes the values of `--protocol` the defaults of flags that the command line leaves out.
+
+    Raises:
+      BadInput: There is no such protocol.
+    """
+    if FLAGS.protocol is None:
+        return
+    if FLAGS.protocol not in PROTOCOLS:
+        raise BadInput(f"{FLAGS.protocol!r} is no protocol; known: {', '.join(PROTOCOLS)}.")
+    for name, value in PROTOCOLS[FLAGS.protocol].flags.items():
+        if name in FLAGS and not FLAGS[name].present:
+            FLAGS.set_default(name, value)
 
 
 def config(method: str, seed: int, eval_every: int) -> runs.Config:

@@ -32,6 +32,10 @@ LABELS = {
     "fixed_labels": episodes.fixed_labels,
     "fixed_groups": episodes.fixed_groups,
 }
+TEST_LABELS = {
+    "exclusive": episodes.mutually_exclusive,
+    "shuffled_groups": episodes.shuffled_groups,
+}
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
@@ -61,6 +65,10 @@ class Config:
     splits: str | None = None
     image_size: int | None = None
     skip_bad_images: int = 0
+    test_shot: int | None = None
+    test_queries: int | None = None
+    test_steps: int | None = None
+    test_labels: str = "exclusive"
 
     @property
     def task(self) -> str:
@@ -76,6 +84,7 @@ class Setup(NamedTuple):
     Attributes:
       config: It.
       method: `step -> Method`.
+      tested: The method as tests have it, with their number of inner steps.
       trainer: Its trainer.
       sample: `(key, train) -> tasks`, the meta-batches of training.
       episode: `(key, split) -> task` in a batch of one, as validation and test draw it.
@@ -89,6 +98,7 @@ class Setup(NamedTuple):
 
     config: Config
     method: Callable[[Array], Method]
+    tested: Method
     trainer: meta.Trainer
     sample: Callable[[Array, Any], Task]
     episode: Callable[[Array, Any], Task]
@@ -108,10 +118,15 @@ def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Set
     for name in ("steps", "tasks", "eval_every"):
         if getattr(config, name) < 1:
             raise BadInput(f"--{name}={getattr(config, name)} must be 1 or more.")
+    for name in ("test_shot", "test_queries", "test_steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name}={value} must be 1 or more.")
     check_seed("seed", config.seed)
     if not 0 < config.outer_lr < math.inf:
         raise BadInput(f"--outer_lr={config.outer_lr} must be a positive number.")
-    for name, known in (("labels", LABELS), ("schedule", SCHEDULES)):
+    choices = (("labels", LABELS), ("test_labels", TEST_LABELS), ("schedule", SCHEDULES))
+    for name, known in choices:
         if getattr(config, name) not in known:
             raise BadInput(f"--{name}={getattr(config, name)} is none of {', '.join(known)}.")
     try:
@@ -159,13 +174,16 @@ def _classification(config: Config, say) -> Setup:
     splits = {name: data.load(config.data, name, progress=say, **options) for name in names}
     if config.rotations:
         splits["train"] = episodes.with_rotations(splits["train"])
-    for name, images in splits.items():
-        queries = config.queries if name == "train" else 1
-        episodes.check(images, config.way, config.shot, queries, f"the {name} split")
+    shot = config.test_shot or config.shot
+    episodes.check(splits["train"], config.way, config.shot, config.queries, "the train split")
+    for name in ("val", "test"):
+        episodes.check(
+            splits[name], config.way, shot, config.test_queries or 1, f"the {name} split"
+        )
     digests = {name: data.describe(config.data, name, **options).digest for name in names}
     fewest = min(int(splits[name].counts.min()) for name in ("val", "test"))
-    queries = min(TEST_QUERIES, fewest - config.shot)
-    episode = episodes.sampler(config.way, config.shot, queries, 1)
+    queries = config.test_queries or min(TEST_QUERIES, fewest - shot)
+    episode = episodes.sampler(config.way, shot, queries, 1, TEST_LABELS[config.test_labels])
     net = spec.net(config.net or "conv4(width=32)", image=splits["train"].pixels.shape[2:])
     pixels = splits["train"].mean, splits["train"].std
     problem = vocabulary.Problem(net, config.way, losses.cross_entropy, config.steps, pixels)
@@ -185,16 +203,19 @@ def _classification(config: Config, say) -> Setup:
 def _regression(config: Config, say) -> Setup:
     del say
     splits: dict[str, Any] = {"train": None, "val": None, "test": None}
+    shot, queries = config.test_shot or config.shot, config.test_queries or 100
+    if config.test_labels != "exclusive":
+        raise BadInput(f"--test_labels={config.test_labels} is for classes; leave it out.")
     if config.labels == "exclusive":
         sample = sinusoid.sampler(config.shot, config.queries, config.tasks)
-        episode, inputs, permuted = sinusoid.sampler(config.shot, 100, 1), 1, None
+        episode, inputs, permuted = sinusoid.sampler(shot, queries, 1), 1, None
     elif config.labels == "fixed_labels":
         sample = sinusoid.one_hot_sampler(config.shot, config.queries, config.tasks)
-        episode = sinusoid.one_hot_test_sampler(config.shot, 1)
+        episode = sinusoid.one_hot_test_sampler(shot, 1)
         inputs, permuted = 1 + sinusoid.AMPLITUDES, sinusoid.permute_index
     else:
         sample = sinusoid.interval_sampler(config.shot, config.queries, config.tasks)
-        episode, inputs = sinusoid.interval_sampler(config.shot, 100, 1), 1
+        episode, inputs = sinusoid.interval_sampler(shot, queries, 1), 1
         permuted = sinusoid.move_targets
         splits = {name: jnp.array(numbers) for name, numbers in sinusoid.INTERVALS.items()}
     net = spec.net(config.net or "mlp", inputs=inputs)
@@ -219,7 +240,12 @@ def _method(config: Config, problem: vocabulary.Problem) -> dict[str, Any]:
             f"--schedule={config.schedule} was asked for, but fresh_optimizer begins it anew at "
             "every step; leave one of them out."
         )
-    return {"method": method, "trainer": trainer(config, method)}
+    tested = spec.method(config.method, problem, steps=config.test_steps)
+    return {
+        "method": method,
+        "tested": tested(jnp.zeros((), jnp.int32)),
+        "trainer": trainer(config, method),
+    }
 
 
 def trainer(config: Config, method: Callable[[Array], Method]) -> meta.Trainer:
@@ -257,7 +283,7 @@ def score_of(metric: str) -> Callable[[Array, Array], Array]:
 
 def evaluator(made: Setup, method: Method | None = None, sample=None):
     """A compiled `(params, split data, seed, number of episodes, label) -> Scores` in NumPy."""
-    method = method or made.method(jnp.zeros((), jnp.int32))
+    method = method or made.tested
 
     @jax.jit
     def compiled(key: Array, params: MetaParams, split: Any, numbers: Array) -> Scores:

@@ -27,17 +27,28 @@ from experiments.vocabulary import (
 from mgaug_jax.types import Array, Method, Modifier, Net
 
 
-def method(text: str, problem: Problem) -> Callable[[Array], Method]:
-    """`step -> Method` of a spec string, checked by building it once.
+def method(text: str, problem: Problem, steps: int | None = None) -> Callable[[Array], Method]:
+    """`step -> Method` of a spec string, checked by building it once; with another number of inner
+    `steps`, if given.
 
     Raises:
-      BadInput: The text does not parse, a name or argument is unknown, or a value is refused.
+      BadInput: The text does not parse, a name or argument is unknown, a value is refused, or the
+        algorithm cannot make so many steps.
     """
     calls = _parse(text)
     name, options = calls[0]
     _known(name, ALGORITHMS, "algorithm")
     for modifier, _ in calls[1:]:
         _known(modifier, MODIFIERS, "modifier")
+    if steps is not None:
+        arguments = ALGORITHMS[name].arguments
+        if "steps" not in arguments or name == "lslr":
+            raise BadInput(
+                f"{steps} inner steps were asked for in tests, but {name} has no steps, or a "
+                "learned rate for each; leave --test_steps out."
+            )
+        place = str(arguments.index("steps"))
+        options = {key: value for key, value in options.items() if key != place} | {"steps": steps}
 
     def at(step: Array) -> Method:
         built = _build(ALGORITHMS, name, options, problem)

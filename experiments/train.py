@@ -55,6 +55,7 @@ flags.DEFINE_bool("resume", False, "Continue the run in --out from its last chec
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    problem.adopt_protocol()
     if FLAGS.skip_nonfinite < 0:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)

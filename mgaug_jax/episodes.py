@@ -55,6 +55,12 @@ def fixed_groups(key: Array, classes: int, way: int) -> Array:
     return group * way + jnp.arange(way)
 
 
+def shuffled_groups(key: Array, classes: int, way: int) -> Array:
+    """One of the groups of `fixed_groups`, its classes in random order."""
+    k_group, k_order = jax.random.split(key)
+    return jax.random.permutation(k_order, fixed_groups(k_group, classes, way))
+
+
 def normalise(pixels: Array, mean: Array, std: Array) -> Array:
     """uint8 to floats: `(pixels / 255 - mean) / std`."""
     return (pixels.astype(mean.dtype) / 255 - mean) / std
