@@ -213,7 +213,7 @@ def over_grid(
     """The least of the bounds at the points of a grid, which together hold with 1 - delta.
 
     A number may be chosen by looking at the bound only if every choice pays: each of G points is
-    evaluated at delta/G (union bound).
+    evaluated at delta/G (union bound), one after the other.
 
     Args:
       bound: `(point, delta) -> Bound`.
@@ -224,6 +224,6 @@ def over_grid(
       The bound with the least total, and its point.
     """
     size = len(jax.tree.leaves(grid)[0])
-    bounds = jax.vmap(lambda point: bound(point, delta / size))(grid)
+    bounds = jax.lax.map(lambda point: bound(point, delta / size), grid)
     best = jnp.argmin(bounds.total)
     return jax.tree.map(lambda leaf: leaf[best], (bounds, grid))

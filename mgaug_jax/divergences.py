@@ -158,7 +158,10 @@ def centred_kl(
     not: only how far adaptation moves the weights counts.
 
     The price of the meta-parameters goes to the hyper level: `gaussian_hyper_kl(initial, spread,
-    ...)`, or 0 with `spread=0` if they were learned on tasks that the bound does not count.
+    ...)`, or 0 with `spread=0` if they were learned on tasks that the bound does not count. With a
+    spread the posterior must be one for all priors drawn. The environment term speaks of learners
+    that are functions of the drawn prior: for it, adapt from drawn priors and average this with
+    `initial` the draw and `spread=0`.
     """
     moved = jax.tree.map(jnp.subtract, adapted, initial)
     return weight_kl(moved, keep, std, prior_std, spread)

@@ -1,7 +1,11 @@
 """Divergences by enumeration and quadrature, the bounds by hand, and by how often they hold."""
 
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -541,3 +545,47 @@ def test_catfish_holds_once_its_mask_is_paid_for():
     assert accepted(blind >= 0.5)
     assert not accepted(literal >= 0.5)
     assert not accepted(with_rho >= 0.5)
+
+
+# --- the entry point ------------------------------------------------------------------------
+
+
+def entry_point(*arguments):
+    """`experiments.bound` in a process of its own, which compiles fast rather than well."""
+    command = [sys.executable, "-m", "experiments.bound", *arguments]
+    fast = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, env=fast, capture_output=True, text=True)
+
+
+def test_bound_writes_every_term(tmp_path):
+    sizes = ("--rho=0.2", "--rhos=0.2,0.6", "--tasks=30", "--task_counts=30", "--samples=60")
+    small = ("--sample_counts=60", "--dim=3", "--steps=20", "--draws=60")
+    finished = entry_point(*sizes, *small, f"--out={tmp_path}")
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads((tmp_path / "bound.json").read_text())["rows"]
+    assert [len(rows[name]) for name in ("rho", "tasks", "samples")] == [2, 1, 1]
+    first, pruned_more = rows["rho"]
+    assert rows["tasks"] == rows["samples"] == [first]
+    assert first["error"] < pruned_more["error"]
+    for row in rows["rho"]:
+        assert row["total"] == pytest.approx(row["empirical"] + row["environment"] + row["task"])
+        environment = bounds.environment_term(0, 30, 0.09 / 16)  # 16 points share 9/10 of delta
+        assert row["environment"] == pytest.approx(float(environment), rel=1e-5)
+        assert row["error"] < row["total"]
+        assert row["all_tasks"] > 0
+    assert (tmp_path / "bound.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--rhos=0,1", "rho=1.0 must be in [0, 1)"),
+        ("--task_counts=many", "--task_counts=many must be numbers"),
+        ("--delta=0", "--delta must lie between 0 and 1"),
+    ],
+)
+def test_bound_refuses(argument, says):
+    finished = entry_point(argument)
+    assert finished.returncode == 2
+    assert says in finished.stderr
