@@ -18,7 +18,8 @@ rho, T and m are varied one at a time around --rho, --tasks and --samples. Besid
              is a Monte-Carlo mean without an interval.
   MR-MAML    its Theorem 1: adapts on half of every task's samples, is judged on the others, without
              noise or pruning; the shared weights, learned on other tasks, cost nothing
-  alone      McAllester's bound of tasks that learn alone, from weights of 0, mean over tasks
+  alone      McAllester's bound of tasks that learn alone, from weights of 0: mean over tasks of
+             numbers of which each holds for its own task, and says nothing about new ones
 
 Writes bound.json and bound.png into --out.
 """

@@ -577,15 +577,7 @@ def test_bound_writes_every_term(tmp_path):
     assert (tmp_path / "bound.png").stat().st_size > 5_000
 
 
-@pytest.mark.parametrize(
-    ("argument", "says"),
-    [
-        ("--rhos=0,1", "rho=1.0 must be in [0, 1)"),
-        ("--task_counts=many", "--task_counts=many must be numbers"),
-        ("--delta=0", "--delta must lie between 0 and 1"),
-    ],
-)
-def test_bound_refuses(argument, says):
-    finished = entry_point(argument)
+def test_bound_refuses_what_makes_no_sense():
+    finished = entry_point("--rhos=0,1")
     assert finished.returncode == 2
-    assert says in finished.stderr
+    assert "rho=1.0 must be in [0, 1)" in finished.stderr
