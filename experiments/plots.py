@@ -126,3 +126,37 @@ def mechanism(
     axes[2].set(xlabel="cosine to the stored test gradient", ylabel="gain on that test task")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Terms of a bound, stacked, over each number that is varied, and what stands beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    titles = {"rho": "pruning rate rho", "tasks": "tasks T", "samples": "samples per task m"}
+    terms = {"empirical": "#0072b2", "environment": "#56b4e9", "task": "#e69f00"}
+    beside = {
+        "error": ("o", "#000000", "error on new tasks"),
+        "all_tasks": ("s", "#cc79a7", "bound, all tasks"),
+        "mr_maml": ("^", "#009e73", "MR-MAML's bound"),
+        "alone": ("x", "#d55e00", "tasks alone"),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    for ax, (name, found) in zip(axes, rows.items(), strict=True):
+        at = np.arange(len(found))
+        base = np.zeros(len(found))
+        for term, color in terms.items():
+            height = np.array([row[term] for row in found])
+            ax.bar(at, height, 0.7, bottom=base, color=color, label=f"{term} term")
+            base += height
+        for key, (marker, color, label) in beside.items():
+            ax.plot(at, [row[key] for row in found], marker, color=color, label=label)
+        ax.axhline(0.5, color="#666666", lw=0.8, ls="--", label="chance")
+        ax.set_xticks(at, [f"{row[name]:g}" for row in found])
+        ax.set(xlabel=titles[name], ylim=(0, 1.2))
+    axes[0].set_ylabel("0-1 error; above 1 says nothing")
+    axes[1].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

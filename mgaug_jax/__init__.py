@@ -5,7 +5,18 @@ from mgaug_jax import cp, fomaml, nets, run, sampler, trainer
 method = cp(keep=0.98)(fomaml(nets.conv4(way=5, image=(28, 28, 1)), lr=0.1))
 """
 
-from mgaug_jax import data, episodes, losses, nets, outer, perturb, pruning, taml
+from mgaug_jax import (
+    bounds,
+    data,
+    divergences,
+    episodes,
+    losses,
+    nets,
+    outer,
+    perturb,
+    pruning,
+    taml,
+)
 from mgaug_jax.augmentations import augment, rotate_classes, shift_targets, shuffle_labels
 from mgaug_jax.bottleneck import mr_activations, mr_weights
 from mgaug_jax.copies import maxup
@@ -50,10 +61,12 @@ __all__ = [
     "Views",
     "anil",
     "augment",
+    "bounds",
     "compose",
     "cp",
     "data",
     "descend",
+    "divergences",
     "drop_grad",
     "episodes",
     "evaluate",
