@@ -45,7 +45,7 @@ ROWS: Mapping[str, Row] = {
     "fomaml+graddrop": Row(f"{FOMAML}|aug()|drop_grad(0.1)", "MGAug, Table 2, + GradDrop"),
     "fomaml+metamix": Row(f"{FOMAML}|aug()|metamix()", "MGAug, Table 2, + MetaMix"),
     "fomaml+metamix-cs": Row(
-        f"{FOMAML}|aug()|metamix(shuffle=0.5,start=5000)", "MetaMix and Channel Shuffle"
+        f"{FOMAML}|aug()|metamix(shuffle=0.5)", "MetaMix, Channel Shuffle; there from step 5,000 on"
     ),
     "fomaml+mgaug-wp": Row(f"{FOMAML}|aug()|wp(keep=0.98)", "MGAug, Table 2; w_min as for CP"),
     "fomaml+mgaug-pp": Row(f"{FOMAML}|aug()|pp(keep=0.98)", "MGAug, Table 2; w_min as for CP"),

@@ -4,14 +4,19 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 a value that is not finite, 75 inte
 continued.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 
 from absl import flags
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 75
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 HELP = ("help", "h", "?", "helpfull", "helpshort")
 
 
@@ -32,8 +37,8 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While it is entered, the first SIGTERM or SIGINT sets `requested`, and the second ends the
-    process as it would without it.
+    """While it is entered, the first SIGTERM, SIGINT or SIGHUP sets `requested`, and the second
+    ends the process as it would without it.
 
     With a text in `at_once` the first signal raises `Interrupted` with that text instead, which is
     for work that has nothing to save.
@@ -44,7 +49,7 @@ class Interruption:
         self.at_once = at_once
 
     def __enter__(self) -> "Interruption":
-        self.before = {s: signal.signal(s, self._heed) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {s: signal.signal(s, self._heed) for s in SIGNALS}
         return self
 
     def __exit__(self, *error) -> None:
@@ -61,7 +66,9 @@ class Interruption:
         if self.at_once:
             raise Interrupted(self.at_once)
         name = signal.Signals(number).name
-        print(f"{name}: ending after this step; once more ends at once", file=sys.stderr)
+        # not through print, which may be what the signal interrupts, and whose terminal may be gone
+        with suppress(OSError):
+            os.write(2, f"{name}: ending after this step; once more ends at once\n".encode())
 
 
 def start(main: Callable[[Sequence[str]], int | None], usage: str, positional: str = "") -> None:

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     made = runs.setup(store.read_config(folder), say=print)
     store.check_digests(folder, made)
     saved = store.restore(made, folder)
+    if not int(saved.best_step):
+        print("note: the run has had no validation yet; these are its initial parameters")
     output = store.output(FLAGS.output or str(folder / "evaluation"))
     judge = runs.evaluator(made)
     found, scores = runs.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)

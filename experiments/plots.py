@@ -22,7 +22,8 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
     def curve(name: str) -> np.ndarray:
         """Means over neighbouring steps, so many points as can be told apart."""
         values = np.array([record[name] for record in train])
-        return np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))])
+        parts = np.array_split(values, min(POINTS, len(values))) if train else []
+        return np.array([part.mean() for part in parts])
 
     steps = curve("step")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")

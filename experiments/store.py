@@ -4,7 +4,6 @@ Whatever is written is written whole or not at all.
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,11 @@ from experiments import runs, spec
 from experiments.cli import BadInput
 from mgaug_jax import checkpoint
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LOCK = ".lock"
 
 
@@ -35,8 +39,7 @@ def output(name: str | None) -> Path:
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / LOCK).open("a").close()
     except OSError as error:
         raise BadInput(f"cannot write to {folder}: {error.strerror}.") from error
     return folder
@@ -69,13 +72,18 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with (folder / LOCK).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise BadInput(
                 f"{folder} is in use by process {file.read().strip() or 'of unknown number'}; "
                 "wait until it ends, or choose another --out."
             ) from error
+        except OSError as error:
+            print(
+                f"note: {folder} cannot be locked ({error.strerror}); let one process write to it"
+            )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -97,20 +105,23 @@ def write_config(folder: Path, made: runs.Setup) -> None:
 
 
 def same_run(old: runs.Config, new: runs.Config, where: Path) -> None:
-    """Refuses to continue a run with a setting that changes what it computes.
+    """Refuses to continue a run with a setting that changes what it computes, and says which
+    others have changed.
 
     Raises:
       BadInput: One of `new` does.
     """
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
     spans = new.schedule != "constant" or spec.spans_run(new.method)
-    free = {"data_dir", "splits"} | (set() if spans else {"steps"})
-    changed = [
-        f"--{name} is {after[name]!r} but was {before[name]!r}"
+    free = {"data_dir", "splits", "eval_every"} | (set() if spans else {"steps"})
+    words = {
+        name: f"--{name} is {after[name]!r} but was {before[name]!r}"
         for name in before
-        if before[name] != after[name] and name not in free
-    ]
-    if changed:
+        if before[name] != after[name]
+    }
+    for name in words.keys() & free:
+        print(f"note: {words[name]}")
+    if changed := [words[name] for name in words if name not in free]:
         raise BadInput(
             f"{where} cannot be resumed with other settings: {'; '.join(changed)}. "
             "Give the same flags, or another --out."
@@ -123,7 +134,7 @@ def check_digests(folder: Path, made: runs.Setup) -> None:
     Raises:
       BadInput: A split has other classes or pixels.
     """
-    before = json.loads((folder / "config.json").read_text())["digests"]
+    before = json.loads((folder / "config.json").read_text()).get("digests", {})
     other = [name for name, digest in made.digests.items() if before.get(name) != digest]
     if other:
         raise BadInput(
@@ -162,7 +173,9 @@ def save_episodes(folder: Path, scores: dict[str, np.ndarray], identity: dict[st
     """Per-episode scores; episode e was drawn with the key `fold_in(episode_key(seed), e)`."""
     numbers = np.arange(identity["episodes"])
     stored = np.array(json.dumps(identity))
-    np.savez(folder / "episodes.npz", identity=stored, episode=numbers, **scores)
+    temporary = folder / "episodes.tmp.npz"
+    np.savez(temporary, identity=stored, episode=numbers, **scores)
+    temporary.replace(folder / "episodes.npz")
 
 
 def save(made: runs.Setup, folder: Path, saved: runs.Saved) -> None:
@@ -175,56 +188,70 @@ def save(made: runs.Setup, folder: Path, saved: runs.Saved) -> None:
     checkpoint.save(folder / "checkpoints", step, saved, identity=identity(made))
 
 
-def restore(made: runs.Setup, folder: Path, quarantine: bool = False) -> runs.Saved:
-    """The newest checkpoint of a run. Says so where going on from it is not bit-exact.
+def restore(made: runs.Setup, folder: Path, resume: bool = False) -> runs.Saved:
+    """The newest checkpoint of a run. To `resume` from it, damaged ones are put aside, and it is
+    said where going on is not bit-exact.
 
     Raises:
       BadInput: There is none that can be read, or it is of another run.
     """
     try:
         like = jax.eval_shape(lambda: runs.begin(made))
-        found = checkpoint.restore(folder / "checkpoints", like, quarantine=quarantine)
+        found = checkpoint.restore(folder / "checkpoints", like, quarantine=resume)
     except checkpoint.CheckpointError as error:
         raise BadInput(f"{folder} has no checkpoint that can be read: {error}") from error
     try:
         before, then = _config(found.identity), found.identity["versions"]
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder}/checkpoints are of another version's runs ({error}).") from error
-    same_run(before, made.config, folder / "checkpoints")
-    now = versions()
-    if other := [
-        f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)
-    ]:
-        print(f"note: not bit-exact to what came before: {', '.join(other)}")
+    if resume:
+        same_run(before, made.config, folder / "checkpoints")
+        now = versions()
+        other = [f"{name} {then.get(name)} -> {now[name]}" for name in now]
+        other = [text for name, text in zip(now, other, strict=True) if now[name] != then.get(name)]
+        if other:
+            print(f"note: not bit-exact to what came before: {', '.join(other)}")
     return found.tree
 
 
 class Records:
-    """`metrics.jsonl`, appended to line by line, and TensorBoard where it is installed."""
+    """`metrics.jsonl`, appended to line by line, and TensorBoard where it is installed.
 
-    def __init__(self, folder: Path):
+    What cannot be written (the disk is full) is said once, kept, and tried again with the next.
+    """
+
+    def __init__(self, folder: Path, done: int = 0):
+        self.failed = False
         self.log = (folder / "metrics.jsonl").open("a")
         self.board = None
         with suppress(ImportError):
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def add(self, record: dict[str, Any]) -> None:
-        self.log.write(json.dumps(record) + "\n")
-        self.log.flush()
+        try:
+            self.log.write(json.dumps(_finite(record)) + "\n")
+            self.log.flush()
+        except OSError as error:
+            if not self.failed:
+                print(f"warning: {self.log.name} cannot be written: {error.strerror}", flush=True)
+            self.failed = True
         if self.board is not None:
             for name, value in record.items():
                 if name != "step" and not isinstance(value, str):
+                    # its files are written by a thread of its own
                     self.board.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *error) -> None:
-        self.log.close()
+        with suppress(OSError):
+            self.log.close()
         if self.board is not None:
-            self.board.close()
+            with suppress(OSError):
+                self.board.close()
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -51,6 +51,9 @@ flags.DEFINE_integer(
     "skip_nonfinite", 0, "So many updates that are not finite are left out before the run ends."
 )
 flags.DEFINE_bool("resume", False, "Continue the run in --out from its last checkpoint.")
+flags.DEFINE_bool(
+    "requeue", False, "Continue the run in --out if there is one, else begin it: for job queues."
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,17 +63,22 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
     made = runs.setup(config, say=print)
-    folder = run_folder(made, FLAGS.out, FLAGS.resume)
+    resume = FLAGS.resume or (
+        FLAGS.requeue and FLAGS.out is not None and (Path(FLAGS.out) / "config.json").exists()
+    )
+    folder = run_folder(made, FLAGS.out, resume)
     with store.locked(folder):
-        claim(made, folder, FLAGS.resume)
+        claim(made, folder, resume)
         print(f"{config.method} on {config.task} -> {folder}")
         judge = runs.evaluator(made)
-        begin = time.monotonic()
+        started = time.monotonic()
         with cli.Interruption() as stop:
-            train(made, judge, folder, stop, FLAGS.skip_nonfinite)
+            saved, done = begin(made, folder)
+            store.write_config(folder, made)
+            train(made, judge, folder, saved, done, stop, FLAGS.skip_nonfinite)
         again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
         with cli.Interruption(at_once=again):
-            runs.print_results(report(made, judge, folder, begin))
+            runs.print_results(report(made, judge, folder, started))
     return 0
 
 
@@ -89,7 +97,7 @@ def run_folder(made: runs.Setup, out: str | None, resume: bool) -> Path:
 
 
 def claim(made: runs.Setup, folder: Path, resume: bool) -> None:
-    """Makes the folder that of this run, new or resumed.
+    """Refuses a folder that is not that of this run.
 
     Raises:
       BadInput: It holds a run and `resume` is not set, the run in it is another one, or it holds
@@ -102,9 +110,8 @@ def claim(made: runs.Setup, folder: Path, resume: bool) -> None:
             )
         store.same_run(store.read_config(folder), made.config, folder)
         store.check_digests(folder, made)
-    elif any(path.name != store.LOCK for path in folder.iterdir()):
+    elif any(path.name not in (store.LOCK, "config.json.tmp") for path in folder.iterdir()):
         raise cli.BadInput(f"{folder} is not empty; choose another --out.")
-    store.write_config(folder, made)
 
 
 def slug(config: runs.Config) -> str:
@@ -122,17 +129,25 @@ def _fresh(folder: Path) -> Path:
     return free
 
 
-def train(made: runs.Setup, judge, folder: Path, stop: cli.Interruption, skip: int = 0) -> None:
-    """Runs to `config.steps` in compiled chunks, none much longer than `SECONDS`.
+def train(
+    made: runs.Setup,
+    judge,
+    folder: Path,
+    saved: runs.Saved,
+    done: int,
+    stop: cli.Interruption,
+    skip: int = 0,
+) -> None:
+    """Runs from `saved`, the state of step `done`, to `config.steps` in compiled chunks, none much
+    longer than `SECONDS`.
 
     Raises:
-      NotFinite: More than `skip` updates are not, or a validation score is not.
+      NotFinite: More than `skip` updates are not; the state before the first too many is saved.
       Interrupted: `stop` was requested; the state is saved.
       Failed: The state cannot be saved.
     """
     config = made.config
     _, k_train = runs.keys(config.seed)
-    saved, done = begin(made, folder)
     advance = jax.jit(
         partial(meta.advance, made.trainer, made.sample, capacity=CHUNK, skip=skip > 0),
         donate_argnums=1,
@@ -140,8 +155,8 @@ def train(made: runs.Setup, judge, folder: Path, stop: cli.Interruption, skip: i
     state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
-    size, failures = 1, 0
-    with store.Records(folder) as records:
+    size, failures, on_disk = 1, 0, done
+    with store.Records(folder, done) as records:
         while done < config.steps and not stop.requested:
             to_evaluation = config.eval_every - done % config.eval_every
             count = min(size, to_evaluation, config.steps - done)
@@ -151,14 +166,16 @@ def train(made: runs.Setup, judge, folder: Path, stop: cli.Interruption, skip: i
             size = chunk_size((time.monotonic() - before) / len(rows))
             info = jax.device_get(info)
             steps = [jax.tree.map(lambda leaf, i=i: leaf[i], info) for i in rows]
-            skipped = record_steps(records, done, steps)
-            saved = saved._replace(skipped=saved.skipped + len(skipped))
-            if int(saved.skipped) > skip:
+            bad = record_steps(records, done, steps)
+            if too_many := bad[max(skip - int(saved.skipped), 0) :]:
                 progress.close()
-                raise _not_finite(folder, skipped[-1], skip)
+                counted = saved.skipped + len(bad) if skip else saved.skipped
+                save(made, folder, saved._replace(state=state, skipped=counted), 0, last=True)
+                raise _not_finite(too_many[0], skip, int(state.step))
+            saved = saved._replace(skipped=saved.skipped + len(bad))
             done += len(steps)
-            note = f"loss {np.mean([step['loss'] for step in steps]):.3f}"
-            line = progress.at(done, note)
+            losses = [step["loss"] for step in steps if not not_finite(step["finite"])]
+            line = progress.at(done, f"loss {np.mean(losses):.3f}" if losses else "")
             evaluates = done % config.eval_every == 0 or done == config.steps
             if evaluates:
                 saved, found = validate(made, judge, saved, state, done)
@@ -166,27 +183,29 @@ def train(made: runs.Setup, judge, folder: Path, stop: cli.Interruption, skip: i
                 progress.close()
                 mean, half = found[f"val_{made.metric}"], found["val_half_width"]
                 print(f"{line}  validation {mean:.3f} +- {half:.3f}", flush=True)
-                if not math.isfinite(mean):
-                    raise _not_finite(folder, f"validation score after step {done}", 0)
-            if evaluates or stop.requested:
                 saved = saved._replace(state=state)
-                failures = save(made, folder, saved, failures, stop.requested)
-    progress.close()
+                failures = save(made, folder, saved, failures, last=stop.requested)
+                on_disk = done if not failures else on_disk
+        progress.close()
+        if stop.requested and on_disk != done:
+            save(made, folder, saved._replace(state=state), 0, last=True)
     if stop.requested:
         raise cli.Interrupted(
             f"saved at step {done}; go on with the same flags and --resume --out={folder}."
+            if done
+            else "nothing was done yet."
         )
 
 
 def record_steps(records: store.Records, done: int, steps: list[meta.Info]) -> list[str]:
     """Records what steps say of themselves, and returns what was not finite, in words."""
     skipped = []
-    for number, step in enumerate(steps, done):
+    for number, step in enumerate(steps, done + 1):
         values = {name: float(value) for name, value in step.items() if name != "finite"}
         if what := not_finite(step["finite"]):
             skipped.append(f"{what} of step {number}")
             values = {"skipped": what}
-        records.add({"step": number + 1} | values)
+        records.add({"step": number} | values)
     return skipped
 
 
@@ -240,21 +259,30 @@ def not_finite(finite: dict[str, np.ndarray]) -> str:
         if not finite[name].all():
             tasks = ", ".join(map(str, np.flatnonzero(~finite[name])))
             return f"{name} of task {tasks}"
-    return "" if finite["parameters"] else "updated parameters or the objective"
+    return "" if finite["parameters"] else "parameters, optimiser state or objective"
 
 
 def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
-    """The newest checkpoint, the records cut back to it; or a new run, if none was ever saved.
+    """The newest checkpoint and its step, the records cut back to it; or a new run, if none was
+    ever saved.
 
     Raises:
-      BadInput: The run was already trained for longer, or none of its checkpoints can be read.
+      BadInput: The run was already trained for longer, none of its checkpoints can be read, or it
+        was finished and they are gone.
     """
     checkpoints = folder / "checkpoints"
     checkpoint.clean(checkpoints)
     if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        if (folder / "results.json").exists():
+            raise cli.BadInput(
+                f"{folder} holds results but its checkpoints are gone; restore them, or choose "
+                "another --out."
+            )
+        if store.read_records(folder):
+            print("no checkpoint was saved yet: beginning at step 0")
+            (folder / "metrics.jsonl").replace(folder / "metrics.jsonl.old")
         return runs.begin(made), 0
-    saved = store.restore(made, folder, quarantine=True)
+    saved = store.restore(made, folder, resume=True)
     done = int(saved.state.step)
     if done > made.config.steps:
         raise cli.BadInput(f"{folder} is at step {done} already; give --steps={done} or more.")
@@ -265,20 +293,25 @@ def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Whether a validation score is the best; of equals the later is. `best` is NaN at first."""
+    """Whether a validation score is the best; of equals the later is, and what is not finite never.
+    `best` is NaN at first.
+    """
+    if not math.isfinite(value):
+        return False
     if math.isnan(best):
         return True
     return value >= best if metric == "accuracy" else value <= best
 
 
-def _not_finite(folder: Path, what: str, skip: int) -> cli.NotFinite:
-    last = checkpoint.steps(folder / "checkpoints")
-    kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint was made yet"
-    more = f", after {skip} that were skipped" if skip else ""
-    return cli.NotFinite(f"the {what} is not finite{more}; {kept}. Lower a learning rate.")
+def _not_finite(what: str, skip: int, step: int) -> cli.NotFinite:
+    more = f", after {skip} that were left out" if skip else ""
+    return cli.NotFinite(
+        f"the {what} is not finite{more}; the state of step {step} is saved. Lower a learning rate "
+        f"and begin anew, or go on with --resume and a --skip_nonfinite above {skip}."
+    )
 
 
-def report(made: runs.Setup, judge, folder: Path, begin: float) -> dict[str, Any]:
+def report(made: runs.Setup, judge, folder: Path, started: float) -> dict[str, Any]:
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
     saved = store.restore(made, folder)
     step = int(saved.best_step)
@@ -289,15 +322,16 @@ def report(made: runs.Setup, judge, folder: Path, begin: float) -> dict[str, Any
         "task": made.config.task,
         "metric": made.metric,
         "best_step": step,
+        "skipped": int(saved.skipped),
         **found,
         "chance": 1 / made.config.way if made.metric == "accuracy" else None,
-        "session_seconds": round(time.monotonic() - begin, 1),
+        "session_seconds": round(time.monotonic() - started, 1),
         "digests": made.digests,
         "versions": store.versions(),
     }
-    store.write_json(folder / "results.json", results)
     identity = runs.episode_identity(made, runs.TEST_EPISODES, runs.TEST_SEED)
     store.save_episodes(folder, scores, identity)
+    store.write_json(folder / "results.json", results)
     plots.curves(store.read_records(folder), results, folder / "curves.png")
     print(f"wrote {folder / 'results.json'}, episodes.npz and curves.png")
     return results

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mgaug_jax.checks import check_count
+
 FORMAT = 2
 """Of the checkpoints written; 1 had no description beside its arrays."""
 TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -24,6 +26,10 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 class CheckpointError(ValueError):
     """No checkpoint can be read; the text says which and why."""
+
+
+class OtherError(CheckpointError):
+    """A checkpoint is sound but not of the kind that was asked for."""
 
 
 class SaveError(OSError):
@@ -49,7 +55,8 @@ def save(
     """Writes `tree` (a pytree of arrays) as `folder/<step>`, and waits until it is there.
 
     Of the steps up to this one the newest `keep` stay; later ones, of a run that was resumed before
-    them, go, and so does what a kill left half written.
+    them, go, and so does what a kill left half written. A checkpoint of this very step goes before
+    the new one is there.
 
     Args:
       folder: Where to.
@@ -60,13 +67,16 @@ def save(
 
     Raises:
       SaveError: It cannot be written: the disk is full, say, or the folder read-only.
+      ValueError: `keep` is not a positive integer.
     """
     import orbax.checkpoint as ocp
 
+    check_count("keep", keep)
     folder = Path(folder).absolute()
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     about = {"format": FORMAT, "leaves": _kinds(leaves), "identity": dict(identity or {})}
     about["digest"] = _digest(leaves, about)
+    about["own_digest"] = _digest([], about)
     arrays = dict(zip(_names(leaves), leaves, strict=True))
     try:
         clean(folder)
@@ -106,13 +116,14 @@ def restore(folder: str | Path, like: Any, *, quarantine: bool = False) -> Resto
     Args:
       folder: Where `save` wrote.
       like: A pytree of the same structure: arrays, or `jax.eval_shape` of what made them.
-      quarantine: Rename what cannot be read to `<step>.corrupt`, so that it is not met again.
+      quarantine: Rename what is damaged to `<step>.corrupt`, so that it is not met again.
 
     Returns:
       What was saved. A step that cannot be read is passed over with a warning that says why.
 
     Raises:
-      CheckpointError: No step can be read.
+      CheckpointError: No step can be read, or the newest that can is of another format or holds
+        other arrays.
     """
     reasons = []
     for step in reversed(steps(folder)):
@@ -120,16 +131,24 @@ def restore(folder: str | Path, like: Any, *, quarantine: bool = False) -> Resto
         try:
             tree, identity = _read(path, like)
             return Restored(step, tree, identity)
+        except OtherError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # Orbax raises whatever its storage raises
             reasons.append(f"{path}: {_brief(error)}")
-            if quarantine:
+            if quarantine and _is_damage(error):
                 reasons[-1] += f"; it is now {_quarantine(path).name}"
             warnings.warn(
                 f"Passing over a checkpoint that cannot be read: {reasons[-1]}", stacklevel=2
             )
-    raise CheckpointError(
-        "; ".join(reasons) or f"{folder} holds no checkpoint; nothing was saved there yet."
-    )
+    if aside := sorted(path.name for path in Path(folder).glob("*.corrupt*")):
+        reasons.append(f"put aside as damaged: {', '.join(aside)}")
+    raise CheckpointError("; ".join(reasons) or f"{folder} holds none; nothing was saved there yet")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it is the checkpoint that is at fault, not the machine that reads it."""
+    machine = isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError)
+    return not machine
 
 
 def _quarantine(path: Path) -> Path:
@@ -145,20 +164,22 @@ def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
     shapes, tree = jax.tree.flatten(like)
     if not (path / "about").exists():
-        raise CheckpointError(
-            "it lacks the description of its arrays; it is damaged, or has format 1, which only "
-            "development versions before 2026-11-25 wrote and read"
+        raise OtherError(
+            "it lacks the description of its arrays: it has format 1, which only development "
+            "versions before 2026-11-25 wrote and read, or is damaged; in that case remove it"
         )
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
         about = about["about"]
+        if about.pop("own_digest") != _digest([], about):
+            raise CheckpointError("its description is not what was saved (the digest differs)")
         if about["format"] != FORMAT:
-            raise CheckpointError(
+            raise OtherError(
                 f"it has format {about['format']}, and this version of mgaug_jax reads {FORMAT}; "
                 "use the version that wrote it"
             )
         if about["leaves"] != _kinds(shapes):
-            raise CheckpointError(
+            raise OtherError(
                 f"it holds other arrays than this run has: {_difference(about['leaves'], shapes)}"
             )
         template = {

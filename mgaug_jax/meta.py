@@ -237,7 +237,8 @@ class Trainer(NamedTuple):
     Attributes:
       init: `key -> State`.
       step: `(key, state, tasks) -> (state, info)`, one meta-update; `info["finite"]` says of
-        `loss` and `gradient`, task by task, and of the new `parameters`, whether they are.
+        `loss` and `gradient`, task by task, and of the new `parameters` (with the optimiser's state
+        and the objective), whether they are.
     """
 
     init: Callable[[Array], State]
@@ -269,7 +270,7 @@ def trainer(
         params = jax.tree.map(jnp.add, state.params, updates)
         if now.project is not None:
             params = params._replace(net=now.project(state.params.net, params.net))
-        info["finite"]["parameters"] = all_finite((params, info["loss"]))
+        info["finite"]["parameters"] = all_finite((params, opt, info["loss"]))
         return State(state.step + 1, params, opt), info
 
     return Trainer(init, step)

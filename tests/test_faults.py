@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -121,11 +122,38 @@ def test_no_whole_checkpoint_is_an_error_that_says_why_for_each(tmp_path):
         pytest.warns(UserWarning, match="cannot be read"),
         pytest.raises(checkpoint.CheckpointError, match=r"/2: .*/1: "),
     ):
+        checkpoint.restore(tmp_path, tree(0), quarantine=True)
+    with pytest.raises(checkpoint.CheckpointError, match=r"put aside as damaged: 1\.corrupt, 2\."):
         checkpoint.restore(tmp_path, tree(0))
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_what_the_machine_cannot_read_is_not_put_aside(error, tmp_path, monkeypatch):
+    saved(tmp_path)
+
+    def fail(path, like):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_read", fail)
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(checkpoint.CheckpointError),
+    ):
+        checkpoint.restore(tmp_path, tree(0), quarantine=True)
+    monkeypatch.undo()
+    assert checkpoint.restore(tmp_path, tree(0)).step == 2
+
+
+def test_keep_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="keep=0 was asked for"):
+        checkpoint.save(tmp_path, 1, tree(0), keep=0)
+
+
 def test_the_digest_notices_what_was_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_digest", lambda leaves, about: "0" * 64)
+    real = checkpoint._digest
+    monkeypatch.setattr(
+        checkpoint, "_digest", lambda leaves, about: "0" * 64 if leaves else real(leaves, about)
+    )
     checkpoint.save(tmp_path, 1, jnp.ones(3))
     monkeypatch.undo()
     with (
@@ -143,13 +171,11 @@ def test_the_digest_notices_what_was_not_saved(tmp_path, monkeypatch):
         (jnp.ones(3, jnp.int32), r"float32\[3\] instead of int32\[3\]"),
     ],
 )
-def test_other_arrays_are_named(like, says, tmp_path):
+def test_other_arrays_are_named_and_stay(like, says, tmp_path):
     checkpoint.save(tmp_path, 1, jnp.ones(3))
-    with (
-        pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(checkpoint.CheckpointError, match=says),
-    ):
-        checkpoint.restore(tmp_path, like)
+    with pytest.raises(checkpoint.CheckpointError, match=says):
+        checkpoint.restore(tmp_path, like, quarantine=True)
+    assert (checkpoint.restore(tmp_path, jnp.zeros(3)).tree == 1).all()
 
 
 def test_other_formats_are_named(tmp_path, monkeypatch):
@@ -162,11 +188,9 @@ def test_other_formats_are_named(tmp_path, monkeypatch):
     checkpoint.save(new, 1, jnp.ones(3))
     monkeypatch.undo()
     for folder, says in ((old, "format 1"), (new, r"format 99.*use the version that wrote it")):
-        with (
-            pytest.warns(UserWarning, match="cannot be read"),
-            pytest.raises(checkpoint.CheckpointError, match=says),
-        ):
-            checkpoint.restore(folder, jnp.ones(3))
+        with pytest.raises(checkpoint.CheckpointError, match=says):
+            checkpoint.restore(folder, jnp.ones(3), quarantine=True)
+        assert checkpoint.steps(folder) == [1]
 
 
 def test_what_a_kill_left_half_written_is_not_met_and_goes(tmp_path):
@@ -274,7 +298,7 @@ def test_a_gradient_and_a_parameter_that_are_not_finite_are_told_apart():
     assert finite["loss"].all()
     assert train.not_finite(finite | {"parameters": np.False_}) == "gradient of task 0, 1"
     fine = {name: np.ones(2, bool) for name in ("loss", "gradient")}
-    assert "updated parameters" in train.not_finite(fine | {"parameters": np.False_})
+    assert "optimiser state" in train.not_finite(fine | {"parameters": np.False_})
 
 
 # --- one run, in this process ---------------------------------------------------------------
@@ -327,21 +351,33 @@ class StopAfter(cli.Interruption):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_interrupted_anywhere_and_resumed_is_uninterrupted(size, whole, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
+def test_interrupted_anywhere_and_resumed_is_uninterrupted(
+    size, whole, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "really here").mkdir()
+    folder = tmp_path / "link ü"
+    folder.symlink_to(tmp_path / "really here")
     monkeypatch.setattr(train, "chunk_size", lambda seconds: size)
     arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
-    codes, stops = [], iter([2, 5, 8, 3, 6, 9])
+    codes, stops = [], iter([3, 2, 4, 5, 3, 2])
     for _ in range(30):
         looks = next(stops, 10**6)
         monkeypatch.setattr(cli, "Interruption", lambda at_once="", n=looks: StopAfter(n))
-        resume = ["--resume"] if codes else []
-        codes.append(start(monkeypatch, train, *arguments, *resume))
+        codes.append(start(monkeypatch, train, *arguments, "--requeue"))
         if codes[-1] == 0:
             break
+        step = int(re.search(r"saved at step (\d+)", capsys.readouterr().err)[1])
+        assert checkpoint.steps(folder / "checkpoints")[-1] == step
     assert codes[:-1]
     assert set(codes[:-1]) == {75}
     assert_same_run(folder, whole)
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_was_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "Interruption", lambda at_once="": StopAfter(0))
+    arguments = (*SINES, "--steps=12", f"--out={tmp_path / 'run'}")
+    assert start(monkeypatch, train, *arguments) == 75
+    assert "nothing was done yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
@@ -369,6 +405,35 @@ def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(
             text = refused(capsys, monkeypatch, train, *arguments)
         assert "no checkpoint" in text
     assert len(list((folder / "checkpoints").glob("*.corrupt"))) == 2
+    shutil.rmtree(folder / "checkpoints")
+    assert "checkpoints are gone" in refused(capsys, monkeypatch, train, *arguments)
+    assert len(store.read_records(folder)) == len(store.read_records(whole))
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_anew(
+    whole, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "results.json").unlink()
+    arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}", "--resume")
+    assert start(monkeypatch, train, *arguments) == 0
+    assert "beginning at step 0" in capsys.readouterr().out
+    assert_same_run(folder, whole)
+    assert (folder / "metrics.jsonl.old").exists()
+
+
+def test_another_cadence_of_validation_may_be_resumed_and_is_said(
+    whole, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    arguments = (*SINES, "--steps=14", "--eval_every=7", f"--out={folder}", "--resume")
+    assert start(monkeypatch, train, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "note: --eval_every is 7 but was 4" in printed
+    assert "note: --steps is 14 but was 12" in printed
 
 
 def test_checkpoints_of_another_run_are_refused(whole, tmp_path, monkeypatch, capsys):
@@ -384,7 +449,7 @@ def test_checkpoints_of_another_run_are_refused(whole, tmp_path, monkeypatch, ca
 def test_another_version_is_said_not_to_be_bit_exact(whole, monkeypatch, capsys):
     now = store.versions()
     monkeypatch.setattr(store, "versions", lambda: now | {"devices": "4"})
-    store.restore(runs.setup(store.read_config(whole)), whole)
+    store.restore(runs.setup(store.read_config(whole)), whole, resume=True)
     assert "not bit-exact to what came before: devices 1 -> 4" in capsys.readouterr().out
 
 
@@ -443,27 +508,85 @@ def test_skipped_updates_are_counted_and_end_the_run_when_they_are_too_many(
     ]
     assert codes == [3, 3, 0]
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "loss of task 1 of step 2 is not finite; no checkpoint" in errors[0]
-    assert (
-        "of step 5 is not finite, after 1 that were skipped; the checkpoint of step 4" in errors[1]
-    )
-    assert state_of(tmp_path / "2").skipped == 2
-    assert checkpoint.steps(tmp_path / "1" / "checkpoints") == [4]
+    assert "loss of task 1 of step 3 is not finite; the state of step 2 is saved" in errors[0]
+    assert "of step 6 is not finite, after 1 that were left out; the state of step" in errors[1]
+    results = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert state_of(tmp_path / "2").skipped == results["skipped"] == 2
     records = store.read_records(tmp_path / "2")
     assert [r["step"] for r in records if "skipped" in r] == [3, 6]
-    assert json.loads((tmp_path / "2" / "results.json").read_text())["adapted"]["mean"] > 0
+    # nothing is lost by having met them with too small a number
+    for n in (0, 1):
+        folder = tmp_path / str(n)
+        go_on = (*arguments, f"--out={folder}", "--resume", "--skip_nonfinite=2")
+        assert start(monkeypatch, train, *go_on) == 0
+        assert_same_run(folder, tmp_path / "2")
+    # nor is the number needed again, once they are behind
+    longer = (*SINES, "--steps=10", "--eval_every=4", f"--out={tmp_path / '2'}", "--resume")
+    assert start(monkeypatch, train, *longer) == 0
+
+
+def test_a_validation_that_is_not_finite_is_recorded_and_never_the_best(tmp_path, monkeypatch):
+    real, folder = runs.summary, tmp_path / "run"
+    monkeypatch.setattr(runs, "TEST_EPISODES", 30)
+
+    def summary(scores):
+        found = real(scores)
+        return found | {"mean": float("nan")} if found["episodes"] == 10 else found
+
+    monkeypatch.setattr(runs, "summary", summary)
+    assert start(monkeypatch, train, *SINES, "--steps=4", "--eval_every=2", f"--out={folder}") == 0
+    records = [r for r in store.read_records(folder) if "val_mse" in r]
+    assert [r["val_mse"] for r in records] == [None, None]
+    assert state_of(folder).best_step == 0
+    assert checkpoint.steps(folder / "checkpoints") == [2, 4]
+
+
+def test_an_optimiser_state_that_is_not_finite_is_not_taken():
+    """Adam squares a finite gradient of 1e22 to infinity, and never moves again."""
+    tasks = make_tasks(jax.random.key(1), 2, way=2, queries=3, shape=(2,))
+    tasks = Task(*(Examples(part.x, part.y[..., :1]) for part in tasks))
+    tasks = tasks._replace(query=tasks.query._replace(y=tasks.query.y * 1e22))
+    made = trainer(
+        maml(nets.mlp((4,), inputs=2), loss=lambda o, y: jnp.mean(o * y)), optax.adam(1e-2)
+    )
+    _, info = jax.jit(made.step)(jax.random.key(0), made.init(jax.random.key(2)), tasks)
+    finite = jax.tree.map(np.asarray, info["finite"])
+    assert finite["loss"].all()
+    assert finite["gradient"].all()
+    assert "optimiser state" in train.not_finite(finite)
 
 
 # --- processes and signals ------------------------------------------------------------------
+
+
+LAUNCHED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    for process in LAUNCHED:
+        process.kill()
+        process.communicate()
+    LAUNCHED.clear()
 
 
 def launch(folder, *arguments, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.train", *SINES, f"--out={folder}", *arguments]
     if (folder / "config.json").exists():
         command.append("--resume")
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
+    LAUNCHED.append(process)
+    return process
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """What it printed, having ended as it should."""
+    out, err = process.communicate()
+    assert process.returncode == code, (out, err)
+    return out, err
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -481,11 +604,35 @@ def has_checkpoint(folder):
 LONG = ("--steps=100000", "--eval_every=20")
 
 
+@pytest.mark.parametrize("number", cli.SIGNALS)
+def test_the_second_signal_is_the_process_s_own(number):
+    heard = []
+    before = signal.signal(number, lambda *arguments: heard.append(number))
+    try:
+        with cli.Interruption() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.requested
+            assert heard == []
+            os.kill(os.getpid(), number)
+            assert heard == [number]
+        with (
+            pytest.raises(cli.Interrupted, match="nothing to save"),
+            cli.Interruption(at_once="nothing to save"),
+        ):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert heard == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_75_and_a_second_ends_at_once(number, tmp_path):
+def test_a_signal_saves_and_ends_with_75(number, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     process = launch(folder, *LONG)
     wait_for(lambda: has_checkpoint(folder), process)
+    text = refused(capsys, monkeypatch, train, *SINES, *LONG, f"--out={folder}", "--resume")
+    assert f"in use by process {process.pid}" in text
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, (out, err)
@@ -495,6 +642,35 @@ def test_a_signal_saves_and_ends_with_75_and_a_second_ends_at_once(number, tmp_p
     assert state_of(folder).state.step == step
 
 
+def test_other_devices_go_on_and_say_so(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    longer, alone = ("--steps=16", "--eval_every=4"), tmp_path / "alone"
+    out, _ = finish(launch(folder, *longer, env=os.environ | {"XLA_FLAGS": flags}))
+    assert "not bit-exact to what came before: devices 1 -> 4" in out
+    shutil.copytree(whole, alone)
+    finish(launch(alone, *longer))
+    one, other = state_of(folder).state, state_of(alone).state
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, other)
+
+
+def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_no_checkpoint(small_disk):
+    folder = small_disk / "run"
+    process = launch(folder, *LONG)
+    wait_for(lambda: has_checkpoint(folder), process)
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, (out, err)
+    assert "Make room, then go on with" in err
+    assert "bytes) cannot be written" in out
+    (small_disk / "filler").unlink()
+    kept = checkpoint.steps(folder / "checkpoints")
+    assert state_of(folder).state.step == kept[-1] > 0
+
+
 def kill_trials(tmp_path, trials: int, seed: int) -> int:
     """Kills a run at random moments until `trials` are used up, lets it end and compares it with
     one that was left alone. Returns how many kills came before the end.
@@ -502,7 +678,7 @@ def kill_trials(tmp_path, trials: int, seed: int) -> int:
     rng, killed = random.Random(seed), 0
     arguments = ("--steps=400", "--eval_every=5")
     alone, folder = tmp_path / "alone", tmp_path / "killed"
-    assert launch(alone, *arguments).wait() == 0
+    finish(launch(alone, *arguments))
     for _ in range(trials):
         before = max(checkpoint.steps(folder / "checkpoints"), default=0)
         process = launch(folder, *arguments)
@@ -515,9 +691,7 @@ def kill_trials(tmp_path, trials: int, seed: int) -> int:
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
         assert max(checkpoint.steps(folder / "checkpoints"), default=0) > before  # nothing is lost
-    process = launch(folder, *arguments)
-    out, err = process.communicate()
-    assert process.returncode == 0, (out, err)
+    finish(launch(folder, *arguments))
     assert not list((folder / "checkpoints").glob(checkpoint.TEMPORARY))
     assert_same_run(folder, alone)
     return killed
@@ -563,6 +737,6 @@ def test_memory_and_files_stay_flat_over_a_long_run(tmp_path):
         print(f"to {until}: {len(seen)} looks, {early.mean():.0f} -> {late.mean():.0f} kB, {idle}")
         assert late.mean() < 1.02 * early.mean()
         assert idle[0] == idle[1]
-    assert launch(folder, *arguments).wait() == 0
+    finish(launch(folder, *arguments))
     steps = [r["step"] for r in store.read_records(folder) if "loss" in r]
     assert steps == list(range(1, 20_001))

@@ -134,18 +134,19 @@ def one_hot_test_sampler(shot: int, tasks: int) -> Sample:
 
 def interval_sampler(shot: int, queries: int, tasks: int) -> Sample:
     """As `sampler`, of `sample_interval_task`; `data` are the numbers of a split's functions, as in
-    `jnp.array(INTERVALS["train"])`, which are drawn with replacement.
+    `jnp.array(INTERVALS["train"])`, which are drawn with replacement. Validation and test have two
+    each: an interval over their episodes says nothing of other functions.
     """
-    return _batch(sample_interval_task, tasks, shot=shot, queries=queries)
+    return _batch(sample_interval_task, tasks, True, shot=shot, queries=queries)
 
 
-def _batch(one: Callable[..., Task], tasks: int, **sizes: int) -> Sample:
+def _batch(one: Callable[..., Task], tasks: int, takes_data: bool = False, **sizes: int) -> Sample:
     for name, value in {**sizes, "tasks": tasks}.items():
         check_count(name, value)
 
     def sample(key: Array, data: Any = None) -> Task:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tasks))
-        given = () if data is None else (data,)
+        given = (data,) if takes_data else ()
         return jax.vmap(lambda key: one(key, *given, **sizes))(keys)
 
     return sample
