@@ -141,10 +141,10 @@ def test_a_spoiled_entry_is_built_again(tmp_path, tiny, spoil, why):
     where = {"data_dir": tiny, "cache_dir": cache}
     before = describe("tiny", "val", **where)
     spoil(only_entry(cache))
-    assert describe("tiny", "val", progress=said.append, **where) == before
+    assert describe("tiny", "val", progress=lambda text, *_: said.append(text), **where) == before
     assert why in said[0]
     said.clear()
-    assert describe("tiny", "val", progress=said.append, **where) == before
+    assert describe("tiny", "val", progress=lambda text, *_: said.append(text), **where) == before
     assert not said
     only_entry(cache)
 
