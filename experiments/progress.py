@@ -34,16 +34,16 @@ class Watch:
     """What `mgaug_jax.data` tells: lines by `say`, amounts as `Progress`."""
 
     def __init__(self, say: Callable[[str], None]):
-        self.say, self.shown = say, None
+        self.say = say
 
     def __call__(self, text: str, done: int = 0, total: int = 0, /) -> None:
         if not done:
             self.say(text)
-            self.shown = None
+            self.shown = Progress(text, total, unit="images")
         elif done < total:
-            self.shown = self.shown or Progress(text, total, unit="images")
+            self.shown.total = total
             self.shown.at(done)
-        elif self.shown:
+        else:
             self.shown.close()
 
 

@@ -62,12 +62,14 @@ def ingest(
     }
     counts = np.array([len(images[label]) for label in classes], np.int32)
     text = f"{name}: writing {len(places)} images as a TFDS data set"
+    progress(text)  # before standard output is redirected
     source = _write(name, _told(examples, text, len(places), progress), scratch)
     if len(source) != len(places):
         raise Unreadable(
             f"{name}: {len(places)} images were to be written, but {len(source)} were."
         )
     text = f"{name}: decoding {len(places)} images of {len(classes)} classes"
+    progress(text)
     pixels, bad = None, {}
     have = np.zeros((len(classes), counts.max()), bool)
     for key, data in _told(_read(name, source), text, len(places), progress):
@@ -104,8 +106,7 @@ def ingest(
 
 
 def _told(items: Iterable[T], text: str, total: int, progress: Progress) -> Iterator[T]:
-    """The items, while progress is told what is done with them and how many are."""
-    progress(text)
+    """The items, while progress is told how many of them are done."""
     for n, item in enumerate(items):
         if n and n % 50 == 0:
             progress(text, n, total)
