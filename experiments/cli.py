@@ -82,7 +82,7 @@ def start(main: Callable[[Sequence[str]], int | None], usage: str, positional: s
     Args:
       main: Returns an exit code, None for 0.
       usage: What `--help` says first.
-      positional: What the positional arguments are, if any are taken ("FILE").
+      positional: What the positional arguments are, if any are taken ("one FILE or more").
     """
     sys.exit(_start(main, usage, positional))
 
@@ -101,7 +101,7 @@ def _start(main, usage: str, positional: str) -> int:
         if arguments and not positional:
             raise BadInput(f"{arguments[0]!r} is not a flag; flags are written --name=value.")
         if positional and not arguments:
-            raise BadInput(f"nothing to read; give one {positional} or more.")
+            raise BadInput(f"nothing was given; give {positional}.")
         return main(arguments) or 0
     except (flags.Error, BadInput, NotFinite, Failed, OSError, Interrupted) as error:
         what = "interrupted" if isinstance(error, Interrupted) else "error"

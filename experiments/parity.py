@@ -254,4 +254,4 @@ def report(path: str, rows: list[Row]) -> int:
 
 
 if __name__ == "__main__":
-    cli.start(main, __doc__, positional="reference FILE.npz")
+    cli.start(main, __doc__, positional="one reference FILE.npz or more")

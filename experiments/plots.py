@@ -1,5 +1,6 @@
 """Pictures of runs."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
 
     metric = results["metric"]
     train = [record for record in records if "loss" in record]
-    validation = [record for record in records if f"val_{metric}" in record]
+    validation = [record for record in records if record.get(f"val_{metric}") is not None]
 
     def curve(name: str) -> np.ndarray:
         """Means over neighbouring steps, so many points as can be told apart."""
@@ -160,4 +161,42 @@ def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes[0].set_ylabel("0-1 error; above 1 says nothing")
     axes[1].legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def contact(splits: dict[str, list[tuple[str, np.ndarray]]], path: Path) -> None:
+    """Rows of images `uint8 [n, h, w, c]` with the names of their classes, split by split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ratios = [len(rows) for rows in splits.values()]
+    figure, axes = plt.subplots(
+        len(splits),
+        figsize=(10, 0.6 * sum(ratios) + 0.4 * len(splits)),
+        height_ratios=ratios,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (split, rows) in zip(axes[:, 0], splits.items(), strict=True):
+        n, h, w, c = max((images.shape for _, images in rows), key=lambda shape: shape[0])
+        sheet = np.full((len(rows), n, h, w, c), 255, np.uint8)
+        for row, (_, images) in zip(sheet, rows, strict=True):
+            row[: len(images)] = images
+        mosaic = sheet.transpose(0, 2, 1, 3, 4).reshape(len(rows) * h, n * w, c)
+        axis.imshow(mosaic if c == 3 else mosaic[..., 0], cmap="gray", vmin=0, vmax=255)
+        names = [name for name, _ in rows]
+        # A dollar sign in a name is no formula.
+        axis.set_yticks((np.arange(len(rows)) + 0.5) * h, names, fontsize=7, parse_math=False)
+        axis.set_xticks([])
+        axis.set_title(split, fontsize=9, loc="left")
+    with warnings.catch_warnings():  # a script that the face lacks is shown as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            figure.savefig(temporary, dpi=150, format="png")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     plt.close(figure)

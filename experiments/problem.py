@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from experiments import runs
+from experiments import runs, source
 from experiments.cli import BadInput
 from experiments.protocols import PROTOCOLS
 from mgaug_jax.data import DATASETS
@@ -15,14 +15,7 @@ flags.DEFINE_string(
     "net", None, "Spec of the network: conv4(width=64), resnet10, mlp. Default: by the data."
 )
 flags.DEFINE_string("data", "glyphs", f"Data set: {', '.join(DATASETS)} or sinusoid.")
-flags.DEFINE_string("data_dir", None, "Folder of the data set's official files, or an archive.")
-flags.DEFINE_string(
-    "splits", None, "JSON file with the classes of train, val and test, in place of the official."
-)
-flags.DEFINE_integer("image_size", None, "Height and width of the images. Default: by the data.")
-flags.DEFINE_integer(
-    "skip_bad_images", 0, "So many images of a split may be unreadable; they are left out."
-)
+flags.adopt_module_key_flags(source)
 flags.DEFINE_string(
     "labels",
     "exclusive",

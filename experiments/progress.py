@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 
 class Progress:
@@ -27,6 +28,23 @@ class Progress:
         if self.live:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+class Watch:
+    """What `mgaug_jax.data` tells: lines by `say`, amounts as `Progress`."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+
+    def __call__(self, text: str, done: int = 0, total: int = 0, /) -> None:
+        if not done:
+            self.say(text)
+            self.shown = Progress(text, total, unit="images")
+        elif done < total:
+            self.shown.total = total
+            self.shown.at(done)
+        else:
+            self.shown.close()
 
 
 def clock(seconds: float) -> str:

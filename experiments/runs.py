@@ -17,7 +17,7 @@ import optax
 
 from experiments import spec, vocabulary
 from experiments.cli import BadInput
-from experiments.progress import Progress
+from experiments.progress import Progress, Watch
 from mgaug_jax import data, episodes, losses, meta, methods, nets
 from mgaug_jax.data import sinusoid
 from mgaug_jax.evaluation import Scores, evaluate, interval
@@ -171,7 +171,7 @@ def _classification(config: Config, say) -> Setup:
         "size": config.image_size,
         "skip_bad_images": config.skip_bad_images,
     }
-    splits = {name: data.load(config.data, name, progress=say, **options) for name in names}
+    splits = {name: data.load(config.data, name, progress=Watch(say), **options) for name in names}
     if config.rotations:
         splits["train"] = episodes.with_rotations(splits["train"])
     shot = config.test_shot or config.shot

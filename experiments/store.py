@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -215,9 +216,9 @@ def restore(made: runs.Setup, folder: Path, resume: bool = False) -> runs.Saved:
 
 
 class Records:
-    """`metrics.jsonl`, appended to line by line, and TensorBoard where it is installed.
+    """`metrics.jsonl`, appended to line by line, and TensorBoard's where it is installed.
 
-    What cannot be written (the disk is full) is said once, kept, and tried again with the next.
+    What cannot be written (the disk is full) is said once, and the run goes on.
     """
 
     def __init__(self, folder: Path, done: int = 0):
@@ -225,33 +226,55 @@ class Records:
         self.log = (folder / "metrics.jsonl").open("a")
         self.board = None
         with suppress(ImportError):
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self.board = Board(folder / "tensorboard", done)
 
     def add(self, record: dict[str, Any]) -> None:
         try:
             self.log.write(json.dumps(_finite(record)) + "\n")
             self.log.flush()
+            if self.board is not None:
+                self.board.add(record)
         except OSError as error:
             if not self.failed:
                 print(f"warning: {self.log.name} cannot be written: {error.strerror}", flush=True)
             self.failed = True
-        if self.board is not None:
-            for name, value in record.items():
-                if name != "step" and not isinstance(value, str):
-                    # its files are written by a thread of its own
-                    self.board.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *error) -> None:
-        with suppress(OSError):
-            self.log.close()
-        if self.board is not None:
+        for file in filter(None, (self.log, self.board)):
             with suppress(OSError):
-                self.board.close()
+                file.close()
+
+
+class Board:
+    """Scalars for TensorBoard, written at once: the usual writer hands them to a process of its own,
+    and waits for it for ever when it has met a full disk.
+    """
+
+    def __init__(self, folder: Path, done: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)  # what was recorded of later steps is void
+        self.file.write_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
+
+    def add(self, record: dict[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in record.items():
+            if name != "step" and isinstance(value, float):
+                event = Event(wall_time=time.time(), step=record["step"])
+                event.summary.CopyFrom(scalar(name, value))
+                self.file.write_event(event)
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -149,8 +149,7 @@ def train(
     config = made.config
     _, k_train = runs.keys(config.seed)
     advance = jax.jit(
-        partial(meta.advance, made.trainer, made.sample, capacity=CHUNK, skip=skip > 0),
-        donate_argnums=1,
+        partial(meta.advance, made.trainer, made.sample, capacity=CHUNK), donate_argnums=1
     )
     state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away
     progress = Progress("train", config.steps, done, "steps")
@@ -161,18 +160,18 @@ def train(
             to_evaluation = config.eval_every - done % config.eval_every
             count = min(size, to_evaluation, config.steps - done)
             before = time.monotonic()
-            state, info, filled = advance(k_train, state, made.splits["train"], count)
+            left = max(skip - int(saved.skipped), 0)
+            state, info, filled = advance(k_train, state, made.splits["train"], count, skip=left)
             rows = range(int(filled))
             size = chunk_size((time.monotonic() - before) / len(rows))
             info = jax.device_get(info)
             steps = [jax.tree.map(lambda leaf, i=i: leaf[i], info) for i in rows]
             bad = record_steps(records, done, steps)
-            if too_many := bad[max(skip - int(saved.skipped), 0) :]:
+            saved = saved._replace(skipped=saved.skipped + min(len(bad), left))
+            if len(bad) > left:
                 progress.close()
-                counted = saved.skipped + len(bad) if skip else saved.skipped
-                save(made, folder, saved._replace(state=state, skipped=counted), 0, last=True)
-                raise _not_finite(too_many[0], skip, int(state.step))
-            saved = saved._replace(skipped=saved.skipped + len(bad))
+                save(made, folder, saved._replace(state=state), 0, last=True)
+                raise _not_finite(bad[-1], int(saved.skipped), int(state.step))
             done += len(steps)
             losses = [step["loss"] for step in steps if not not_finite(step["finite"])]
             line = progress.at(done, f"loss {np.mean(losses):.3f}" if losses else "")
@@ -303,11 +302,11 @@ def is_better(metric: str, value: float, best: float) -> bool:
     return value >= best if metric == "accuracy" else value <= best
 
 
-def _not_finite(what: str, skip: int, step: int) -> cli.NotFinite:
-    more = f", after {skip} that were left out" if skip else ""
+def _not_finite(what: str, skipped: int, step: int) -> cli.NotFinite:
+    more = f", after {skipped} that were left out" if skipped else ""
     return cli.NotFinite(
         f"the {what} is not finite{more}; the state of step {step} is saved. Lower a learning rate "
-        f"and begin anew, or go on with --resume and a --skip_nonfinite above {skip}."
+        f"and begin anew, or go on with --resume and a --skip_nonfinite above {skipped}."
     )
 
 

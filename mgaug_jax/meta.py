@@ -303,7 +303,7 @@ def advance(
     count: int | Array,
     *,
     capacity: int,
-    skip: bool = False,
+    skip: int | Array = 0,
 ) -> tuple[State, Info, Array]:
     """As `run`, but never into what is not finite: such an update is left out.
 
@@ -316,7 +316,8 @@ def advance(
       count: How many steps, at most `capacity`; may be traced, so that any number of them is one
         program.
       capacity: Rows of the info; static.
-      skip: Go on after an update that was left out, with the next step's tasks; else stop there.
+      skip: So many updates may be left out, the next step's tasks following; the next such update
+        ends it. May be traced.
 
     Returns:
       The state, info `[capacity]` and the number of its rows that were filled, of which the last
@@ -326,18 +327,18 @@ def advance(
     empty = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), shapes)
 
     def going(carry):
-        done, ok, *_ = carry
-        return (done < count) & (ok | skip)
+        done, left, *_ = carry
+        return (done < count) & (left >= 0)
 
     def body(carry):
-        done, _, state, info = carry
+        done, left, state, info = carry
         after, one = _next(trainer, sample, key, state, data)
         ok = jnp.all(jnp.stack([jnp.all(leaf) for leaf in jax.tree.leaves(one["finite"])]))
-        before = state._replace(step=after.step) if skip else state
+        before = state._replace(step=jnp.where(left > 0, after.step, state.step))
         kept = jax.tree.map(partial(jnp.where, ok), after, before)
         info = jax.tree.map(lambda rows, row: rows.at[done].set(row), info, one)
-        return done + 1, ok, kept, info
+        return done + 1, left - ~ok, kept, info
 
-    start = jnp.zeros((), jnp.int32), jnp.ones((), bool), state, empty
+    start = jnp.zeros((), jnp.int32), jnp.asarray(skip, jnp.int32), state, empty
     done, _, state, info = jax.lax.while_loop(going, body, start)
     return state, info, done

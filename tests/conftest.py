@@ -74,11 +74,14 @@ def small_conv(way=3, width=4):
 
 def start(monkeypatch, module, *arguments: str) -> int:
     """The exit code of an entry point, run in this process."""
+    # It defines flags when it is first imported, which the saver would take away again.
+    import array_record.python.array_record_data_source  # noqa: F401
+
     from experiments import cli
 
     monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
     with flagsaver.flagsaver():
-        code = cli._start(module.main, module.__doc__, "")
+        code = cli._start(module.main, module.__doc__, getattr(module, "POSITIONAL", ""))
     return code
 
 

@@ -461,7 +461,9 @@ def test_bad_images_are_refused_by_name_or_skipped_and_listed(tmp_path, own, dat
     assert "skip_bad_images" in said
     assert not list((tmp_path / "cache").iterdir())
     lines = []
-    about = describe("folder", "train", skip_bad_images=1, progress=lines.append, **where)
+    about = describe(
+        "folder", "train", skip_bad_images=1, progress=lambda text, *_: lines.append(text), **where
+    )
     assert about.skipped == ("train/horse/bad.jpg",)
     assert dict(zip(about.classes, about.counts, strict=True))["horse"] == 2
     assert any("left out 1 of 8 images: train/horse/bad.jpg" in line for line in lines)

@@ -246,7 +246,7 @@ def poisoned(bad_step: int, task: int | None):
 @pytest.mark.parametrize("skip", [False, True])
 def test_an_update_that_is_not_finite_is_left_out_and_its_task_named(skip):
     made, sample, tasks = poisoned(bad_step=3, task=1)
-    go = jax.jit(partial(advance, made, sample, capacity=8, skip=skip))
+    go = jax.jit(partial(advance, made, sample, capacity=8, skip=int(skip)))
     state = made.init(jax.random.key(0))
     before, *_ = go(jax.random.key(5), state, tasks, 3)
     after, info, filled = go(jax.random.key(5), state, tasks, 4)

@@ -8,7 +8,7 @@ files in `data_dir`, which may be an archive, and `folder` is of your own images
 need no data: see `mgaug_jax.data.sinusoid`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from mgaug_jax.checks import check_count
 from mgaug_jax.data import cifar, cub, dclaw, files, glyphs, mini_imagenet, omniglot, sinusoid
 from mgaug_jax.data.cache import Entry, cached
-from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options
+from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options, Progress
 from mgaug_jax.episodes import Images
 
 DATASETS: dict[str, Dataset] = {
@@ -60,6 +60,10 @@ class Manifest(NamedTuple):
     skipped: tuple[str, ...] = ()
 
 
+def _silent(text: str, done: int = 0, total: int = 0, /) -> None:
+    del text, done, total
+
+
 Splits = str | Path | Mapping[str, Sequence[str]]
 """Classes by split, `{"train": [...], "val": [...], "test": [...]}`, or a JSON file of them."""
 
@@ -73,7 +77,7 @@ def load(
     splits: Splits | None = None,
     size: int | None = None,
     skip_bad_images: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = _silent,
 ) -> Images:
     """The images of a split, on the default device.
 
@@ -88,7 +92,7 @@ def load(
         official number of images does not bind either.
       size: Height and width, in place of the data set's own (28, 32 or 84).
       skip_bad_images: So many images of the split may be unreadable; they are left out and listed.
-      progress: Is told in one line what takes time.
+      progress: Is told in one line what takes time, and how much of it is done.
 
     Raises:
       ValueError: Unknown name or split, an option that the data set has not, a source that does
@@ -114,7 +118,7 @@ def describe(
     splits: Splits | None = None,
     size: int | None = None,
     skip_bad_images: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = _silent,
 ) -> Manifest:
     """Classes and identity of a split, from the cache, which is built if need be; see `load`."""
     options = _options(splits, size, skip_bad_images)

@@ -62,6 +62,7 @@ def _dataset(name: str, splits: dict[str, tuple[str, ...]], count: int) -> Datas
             roots=dict.fromkeys(SPLITS, (ROOT,)),
             count=count,
             size=32,
+            source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html",
         )
     )
 

@@ -48,5 +48,6 @@ def dataset(classes: tuple[str, ...] | None = None) -> Dataset:
             count=None,
             size=84,
             keep=lambda name: name in ("images", "images.txt"),
+            source="Wah et al. 2011, https://www.vision.caltech.edu/datasets/cub_200_2011/",
         )
     )

@@ -48,5 +48,6 @@ def dataset(permutation: int, images: int = 35) -> Dataset:
             count=images,
             size=84,
             keep=lambda name: name.endswith(str(permutation)),
+            source="Rajendran et al. 2020, https://github.com/google-research/google-research",
         )
     )

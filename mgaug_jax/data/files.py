@@ -44,6 +44,7 @@ class Files(NamedTuple):
       official: Whether these are the official splits: then every class must be there, with all its
         images, and no other.
       skip: So many images of a split may be unreadable.
+      source: Whose it is and where it can be had.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Files(NamedTuple):
     keep: Callable[[str], bool] = lambda name: True
     official: bool = True
     skip: int = 0
+    source: str = ""
 
 
 def from_files(files: Files) -> Dataset:
@@ -95,7 +97,17 @@ def from_files(files: Files) -> Dataset:
 
     said = ("splits", "count", "size", "official", "skip")
     parameters = {**files.parameters, **{name: getattr(files, name) for name in said}}
-    return Dataset(parameters, fingerprint, build, files.tree, files.mean, files.std, adapt)
+    return Dataset(
+        parameters,
+        fingerprint,
+        build,
+        files.tree,
+        files.mean,
+        files.std,
+        adapt,
+        decode=lambda data: files.decode(data, files.size),
+        source=files.source,
+    )
 
 
 @contextmanager
@@ -280,5 +292,6 @@ def dataset(size: int = 84) -> Dataset:
             size=size,
             decode=partial(pixels.decode, upright=True),
             parameters={"resize": "LANCZOS", "upright": True},
+            source="your own images",
         )
     )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mgaug_jax.data import pixels
 from mgaug_jax.data.record import Dataset, Decoded, Progress
 
 SCRIPTS = {
@@ -214,7 +215,7 @@ def render(split: str, params: Glyphs, progress: Progress) -> Decoded:
         face: ImageFont.truetype(str(path), 64, layout_engine=ImageFont.Layout.BASIC)
         for face, (path, _) in faces.items()
     }
-    pixels = []
+    drawn = []
     for letter in letters:
         drawings = np.stack(
             [
@@ -227,9 +228,9 @@ def render(split: str, params: Glyphs, progress: Progress) -> Decoded:
         drawings = drawings[features @ features[0] >= params.kin]
         instances = drawings[np.arange(params.instances) % len(drawings)]
         rng = np.random.Generator(np.random.PCG64([params.seed, ord(letter)]))
-        pixels.append(_distort(rng, instances, params))
+        drawn.append(_distort(rng, instances, params))
     return Decoded(
-        np.stack(pixels)[..., None],
+        np.stack(drawn)[..., None],
         np.full(len(letters), params.instances, np.int32),
         tuple(unicodedata.name(letter) for letter in letters),
     )
@@ -244,4 +245,7 @@ def dataset(params: Glyphs) -> Dataset:
             name: version(name) for name in ("matplotlib", "pillow", "numpy")
         },
         build=lambda split, data_dir, scratch, progress: render(split, params, progress),
+        # Of dark letters on light paper; here ink is 255.
+        decode=lambda data: 255 - pixels.decode(data, params.size, "L"),
+        source="drawn on first use with the DejaVu faces that matplotlib ships",
     )

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from mgaug_jax.data.record import Decoded, Progress
 
+T = TypeVar("T")
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, MemoryError)
 """What Pillow raises for a broken file."""
 
@@ -60,18 +61,20 @@ def ingest(
         for m, key in enumerate(sorted(images[label]))
     }
     counts = np.array([len(images[label]) for label in classes], np.int32)
-    progress(f"{name}: writing {len(places)} images as a TFDS data set")
-    source = _write(name, examples, scratch)
+    text = f"{name}: writing {len(places)} images as a TFDS data set"
+    progress(text)  # before standard output is redirected
+    source = _write(name, _told(examples, text, len(places), progress), scratch)
     if len(source) != len(places):
         raise Unreadable(
             f"{name}: {len(places)} images were to be written, but {len(source)} were."
         )
-    progress(f"{name}: decoding {len(places)} images of {len(classes)} classes")
+    text = f"{name}: decoding {len(places)} images of {len(classes)} classes"
+    progress(text)
     pixels, bad = None, {}
     have = np.zeros((len(classes), counts.max()), bool)
-    for key, data in _read(name, source):
+    for key, data in _told(_read(name, source), text, len(places), progress):
         try:
-            image = _decoded(decode, data)
+            image = decoded(decode, data)
         except BROKEN as error:
             bad[key] = f"{key} ({error})"
             if len(bad) > skip:
@@ -102,6 +105,15 @@ def ingest(
     return Decoded(pixels, counts, tuple(classes), tuple(sorted(bad)))
 
 
+def _told(items: Iterable[T], text: str, total: int, progress: Progress) -> Iterator[T]:
+    """The items, while progress is told how many of them are done."""
+    for n, item in enumerate(items):
+        if n and n % 50 == 0:
+            progress(text, n, total)
+        yield item
+    progress(text, total, total)
+
+
 def _zeros(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """uint8 zeros on disk, since some data sets are larger than memory. They are written, not just
     mapped: to write to mapped memory that a full disk cannot hold would end the process.
@@ -114,7 +126,7 @@ def _zeros(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.load(path, mmap_mode="r+")
 
 
-def _decoded(decode: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
+def decoded(decode: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
     """The image, unless it is so large that it may be meant to exhaust the memory."""
     from PIL import Image
 

@@ -146,5 +146,6 @@ def dataset(images: int = 600) -> Dataset:
             count=images,
             size=84,
             keep=_keep,
+            source="Vinyals et al. 2016, split of Ravi and Larochelle 2017; images of https://image-net.org",
         )
     )

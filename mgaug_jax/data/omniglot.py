@@ -168,5 +168,6 @@ def _dataset(
             parameters={"resize": "LANCZOS from L, inverted"},
             mean=(0.0,),
             std=(1.0,),
+            source="Lake et al. 2015, https://github.com/brendenlake/omniglot",
         )
     )

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-Progress = Callable[[str], None]
-"""Is told, in one line, what is being done."""
 SPLITS = ("train", "val", "test")
+
+
+class Progress(Protocol):
+    """Is told what is being done, in one line, and then how much of how much is done."""
+
+    def __call__(self, text: str, done: int = 0, total: int = 0, /) -> None: ...
 
 
 class Decoded(NamedTuple):
@@ -47,6 +51,9 @@ class Dataset(NamedTuple):
       tree: What `data_dir` must look like, for messages; empty if no data folder is needed.
       mean, std: `[c]`, of pixels scaled to [0, 1].
       adapt: The same data set with other options; None if it has none.
+      decode: Pixels `uint8 [h, w, c]` of the content of an image file that looks like those of the
+        data set; None if there is no telling.
+      source: Whose it is and where it can be had.
     """
 
     parameters: dict[str, Any]
@@ -56,3 +63,5 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     adapt: Callable[[Options], "Dataset"] | None = None
+    decode: Callable[[bytes], np.ndarray] | None = None
+    source: str = ""
