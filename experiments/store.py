@@ -249,8 +249,8 @@ class Records:
 
 
 class Board:
-    """Scalars for TensorBoard, written at once: the usual writer hands them to a process of its own,
-    and waits for it for ever when it has met a full disk.
+    """Scalars for TensorBoard, written at once: the usual writer hands them to its own thread, and
+    waits for it for ever when that has met a full disk.
     """
 
     def __init__(self, folder: Path, done: int):
