@@ -184,17 +184,31 @@ def _classification(config: Config, say) -> Setup:
     fewest = min(int(splits[name].counts.min()) for name in ("val", "test"))
     queries = config.test_queries or min(TEST_QUERIES, fewest - shot)
     episode = episodes.sampler(config.way, shot, queries, 1, TEST_LABELS[config.test_labels])
-    net = spec.net(config.net or "conv4(width=32)", image=splits["train"].pixels.shape[2:])
-    pixels = splits["train"].mean, splits["train"].std
-    problem = vocabulary.Problem(net, config.way, losses.cross_entropy, config.steps, pixels)
+    train = splits["train"]
+    made = for_images(config, train.pixels.shape[2:], train.mean, train.std)
+    return made._replace(sample=sample, episode=episode, splits=splits, digests=digests)
+
+
+def for_images(config: Config, shape: tuple[int, ...], mean: Array, std: Array) -> Setup:
+    """The method of a configuration for images of one shape, without data to draw tasks from.
+
+    Raises:
+      BadInput: A spec makes no sense.
+    """
+    net = spec.net(config.net or "conv4(width=32)", image=shape)
+    problem = vocabulary.Problem(net, config.way, losses.cross_entropy, config.steps, (mean, std))
+
+    def nothing(key: Array, split: Any) -> Task:
+        raise ValueError("There are no data to draw a task from.")
+
     return Setup(
         config=config,
         **_method(config, problem),
-        sample=sample,
-        episode=episode,
-        splits=splits,
+        sample=nothing,
+        episode=nothing,
+        splits={},
         problem=problem,
-        digests=digests,
+        digests={},
         metric="accuracy",
         permuted=episodes.permute_labels,
     )
