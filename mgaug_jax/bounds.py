@@ -188,7 +188,8 @@ def mr_maml_bound(
 
     `mean empirical + (sqrt(1 / 2(K - 1)) + sqrt(1 / 2(n - 1))) sqrt(KL + log(n (K + 1) / delta))`.
     Errors are those of K points per task that adaptation has not seen, so adapted weights cost
-    nothing; `kl` is that of the shared weights' posterior from a prior (`bottleneck.divergence`).
+    nothing; `kl` is that of the shared weights' posterior from a prior (the sum of
+    `bottleneck.divergence`).
 
     Args:
       empirical: Errors on the points kept for it, `[n]` or their mean.
