@@ -334,8 +334,8 @@ def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
     """The test of a trained run: `(what was measured, per-episode scores by name)`.
 
     On the same episodes: after adaptation, before it (step 0), the untrained network, and, for
-    images, the nearest class mean of raw pixels. On training classes: label memory. `judge` is an
-    `evaluator` of `made`.
+    images, the nearest class mean of raw pixels. On training tasks: after and before adaptation,
+    and label memory. `judge` is an `evaluator` of `made`.
     """
     split = made.splits["test"]
     trained = judge(params, split, seed, count, "test")
@@ -352,14 +352,22 @@ def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
         scores["pixels"] = nearest(MetaParams({}, {}), split, seed, count, "test, pixels").adapted
     found = {name: summary(values) for name, values in scores.items()}
     if made.permuted is not None:
-        found["label_memory"] = summary(label_memory(made)(params))
+        own, gain = on_training(made)(params)
+        found["train"], found["train_step0"] = summary(own.adapted), summary(own.initial)
+        found["label_memory"] = summary(gain)
     return found, scores
 
 
 def label_memory(made: Setup) -> Callable[..., np.ndarray]:
-    """A compiled `(params, seed, count) -> gain per episode`: accuracy after adaptation on training
-    tasks with their labels minus with permuted ones; for regression, squared error with permuted
-    minus own.
+    """The gain of `on_training` alone."""
+    measure = on_training(made)
+    return lambda *arguments, **options: measure(*arguments, **options)[1]
+
+
+def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray]]:
+    """A compiled `(params, seed, count) -> (scores, gain per episode)` on training tasks. The gain,
+    label memory, is accuracy after adaptation with their labels minus with permuted ones; for
+    regression, squared error with permuted minus own.
 
     The same tasks twice. Where classes keep their labels (NME) the difference is what the network
     answers from memory; where labels are drawn anew (ME) there is none to find.
@@ -376,17 +384,16 @@ def label_memory(made: Setup) -> Callable[..., np.ndarray]:
 
     judges = [evaluator(made, sample=draw) for draw in (own, permuted)]
 
-    def gain(
+    def both(
         params: MetaParams, seed: int = MEMORY_SEED, count: int = MEMORY_EPISODES
-    ) -> np.ndarray:
-        own_scores, permuted_scores = (
-            judge(params, made.splits["train"], seed, count, "label memory").adapted
-            for judge in judges
+    ) -> tuple[Scores, np.ndarray]:
+        own, permuted = (
+            judge(params, made.splits["train"], seed, count, "label memory") for judge in judges
         )
-        difference = own_scores - permuted_scores
-        return difference if made.metric == "accuracy" else -difference
+        difference = own.adapted - permuted.adapted
+        return own, difference if made.metric == "accuracy" else -difference
 
-    return gain
+    return both
 
 
 def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
@@ -413,6 +420,8 @@ def print_results(results: dict[str, Any]) -> None:
         "step0": "before adaptation (step 0)",
         "untrained": "untrained network, adapted",
         "pixels": "nearest class mean of raw pixels",
+        "train": "training tasks, after adaptation",
+        "train_step0": "training tasks, before adaptation",
         "label_memory": "label memory on training classes",
     }
     episodes = results["adapted"]["episodes"]

@@ -58,7 +58,8 @@ def final_state(folder: Path):
 
 def test_run_leaves_everything_behind(finished):
     results = json.loads((finished / "results.json").read_text())
-    for name in ("adapted", "step0", "untrained", "pixels", "label_memory"):
+    names = ("adapted", "step0", "untrained", "pixels", "train", "train_step0", "label_memory")
+    for name in names:
         assert set(results[name]) == {"mean", "half_width", "std", "episodes"}
     assert results["adapted"]["episodes"] == 60
     assert results["chance"] == 1 / 3
