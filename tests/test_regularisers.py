@@ -1037,9 +1037,10 @@ def test_every_change_traces_over_every_pruner(pruner):
         check_traces("maml", pruner, [name])
 
 
-def test_every_pair_of_changes_traces():
-    for names in itertools.combinations(CHANGES, 2):
-        check_traces("maml", "cp", names)
+@pytest.mark.parametrize("second", list(CHANGES)[1:])
+def test_every_pair_of_changes_traces(second):
+    for first in itertools.takewhile(lambda name: name != second, CHANGES):
+        check_traces("maml", "cp", (first, second))
 
 
 @pytest.mark.slow
