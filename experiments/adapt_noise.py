@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs, seeds, spec, store, vocabulary
+from experiments import cli, problem, runs, scoring, seeds, spec, store, vocabulary
 from mgaug_jax import perturb
 from mgaug_jax.types import MetaParams, Modifier
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         change(jnp.ones(()))(made.method(jnp.zeros((), jnp.int32)))
     except ValueError as error:
         raise cli.BadInput(f"{FLAGS.noise}: {error}") from error
-    memory = runs.label_memory(made)
+    memory = scoring.label_memory(made)
     path = [np.full(FLAGS.seeds, FLAGS.begin, np.float32)]
     factor = FLAGS.reach ** (FLAGS.every / FLAGS.steps)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, runs
+from experiments import cli, scoring
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_a", None, "Folder of a run, or of its evaluation.")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = {"a": a, "b": b, "a - b": a - b}
     print(f"{identity_a['metric']} on the same {len(a)} episodes, mean and 95 % interval")
     for name, values in rows.items():
-        found = runs.summary(values)
+        found = scoring.summary(values)
         print(f"  {name:<6} {found['mean']:+.4f} +- {found['half_width']:.4f}")
     return 0
 

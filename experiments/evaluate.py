@@ -12,12 +12,12 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, runs, store
+from experiments import cli, runs, scoring, store
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "Folder of the run.")
-flags.DEFINE_integer("episodes", runs.TEST_EPISODES, "Test episodes.")
-flags.DEFINE_integer("test_seed", runs.TEST_SEED, "Seed of the episodes.")
+flags.DEFINE_integer("episodes", scoring.TEST_EPISODES, "Test episodes.")
+flags.DEFINE_integer("test_seed", scoring.TEST_SEED, "Seed of the episodes.")
 flags.DEFINE_string("output", None, "Folder to write to. Default: RUN/evaluation.")
 
 
@@ -35,14 +35,14 @@ def main(arguments: Sequence[str]) -> int:
     if not int(saved.best_step):
         print("note: the run has had no validation yet; these are its initial parameters")
     output = store.output(FLAGS.output or str(folder / "evaluation"))
-    judge = runs.evaluator(made)
-    found, scores = runs.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)
+    judge = scoring.evaluator(made)
+    found, scores = scoring.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)
     chance = 1 / made.config.way if made.metric == "accuracy" else None
     results = {"metric": made.metric, "best_step": int(saved.best_step), **found, "chance": chance}
     store.write_json(output / "evaluation.json", results)
-    identity = runs.episode_identity(made, FLAGS.episodes, FLAGS.test_seed)
+    identity = scoring.episode_identity(made, FLAGS.episodes, FLAGS.test_seed)
     store.save_episodes(output, scores, identity)
-    runs.print_results(results)
+    scoring.print_results(results)
     return 0
 
 

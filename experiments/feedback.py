@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import cli, problem, runs, seeds, store
+from experiments import cli, problem, runs, scoring, seeds, store
 from experiments.progress import Progress
 from mgaug_jax import meta, weighting
 from mgaug_jax.evaluation import evaluate
@@ -136,7 +136,7 @@ def probed_tasks(made: runs.Setup, number: int) -> Task:
         return jax.vmap(one)(keys)
 
     count = FLAGS.seeds * FLAGS.probes
-    first = jax.random.fold_in(runs.episode_key(PROBE_SEED), number)
+    first = jax.random.fold_in(scoring.episode_key(PROBE_SEED), number)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(first, jnp.arange(count))
     tasks = draw(keys, made.splits["test"])
     split = lambda leaf: leaf.reshape(FLAGS.seeds, FLAGS.probes, *leaf.shape[1:])
@@ -234,8 +234,8 @@ def evaluators(made: runs.Setup):
     unrelated tasks.
     """
     method = made.method(jnp.zeros((), jnp.int32))
-    score = runs.score_of(made.metric)
-    other = runs.evaluator(made)
+    score = scoring.score_of(made.metric)
+    other = scoring.evaluator(made)
 
     @jax.jit
     def on_probed(params: MetaParams, tasks: Task) -> Array:

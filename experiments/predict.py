@@ -24,12 +24,12 @@ from absl import flags
 
 from experiments import cli, runs, store
 from mgaug_jax import data
+from mgaug_jax.data.files import SUFFIXES
 from mgaug_jax.data.ingest import BROKEN, decoded
 from mgaug_jax.data.record import Options
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Examples
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 SHOWN = 20
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "Folder of the run.", allow_override=True)
@@ -77,11 +77,8 @@ def probabilities(made: runs.Setup, params, support: Examples, x: jax.Array) -> 
     """
     learner = made.tested.algorithm(made.tested.net, made.tested.test)
 
-    @jax.jit
-    def answer(params, support, x):
-        return jax.nn.softmax(learner.predict(learner.start(params, support), x))
-
-    outputs = jax.eval_shape(answer, params, support, x).shape[1]
+    unadapted = lambda params, support, x: learner.predict(learner.start(params, support), x)
+    outputs = jax.eval_shape(unadapted, params, support, x).shape[1]
     if outputs != support.y.shape[1]:
         raise cli.BadInput(
             f"{support.y.shape[1]} classes were given, but the run's network tells {outputs} apart;"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import runs
+from experiments import runs, scoring
 from experiments.cli import BadInput, NotFinite
 from experiments.progress import Progress
 from mgaug_jax import meta
@@ -94,11 +94,11 @@ def measured(
     Raises:
       NotFinite: A score is not.
     """
-    judge, memory = runs.evaluator(made), runs.label_memory(made)
+    judge, memory = scoring.evaluator(made), scoring.label_memory(made)
     found: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for seed in range(len(losses)):
         params = jax.tree.map(lambda leaf, s=seed: leaf[s], states.params)
-        scores = judge(params, made.splits["test"], runs.TEST_SEED, episodes)
+        scores = judge(params, made.splits["test"], scoring.TEST_SEED, episodes)
         found["adapted"].append(float(scores.adapted.mean()))
         found["step0"].append(float(scores.initial.mean()))
         if made.permuted is not None:

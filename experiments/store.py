@@ -228,12 +228,12 @@ class Records:
         with suppress(ImportError):
             self.board = Board(folder / "tensorboard", done)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, *records: dict[str, Any]) -> None:
         try:
-            self.log.write(json.dumps(_finite(record)) + "\n")
+            self.log.write("".join(json.dumps(_finite(record)) + "\n" for record in records))
             self.log.flush()
             if self.board is not None:
-                self.board.add(record)
+                self.board.add(*records)
         except OSError as error:
             if not self.failed:
                 print(f"warning: {self.log.name} cannot be written: {error.strerror}", flush=True)
@@ -262,15 +262,16 @@ class Board:
         start = SessionLog(status=SessionLog.START)  # what was recorded of later steps is void
         self.file.write_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, *records: dict[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
-        for name, value in record.items():
-            if name != "step" and isinstance(value, float):
-                event = Event(wall_time=time.time(), step=record["step"])
-                event.summary.CopyFrom(scalar(name, value))
-                self.file.write_event(event)
+        for record in records:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, float):
+                    event = Event(wall_time=time.time(), step=record["step"])
+                    event.summary.CopyFrom(scalar(name, value))
+                    self.file.write_event(event)
         self.file.flush()
 
     def close(self) -> None:

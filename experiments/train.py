@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, store
+from experiments import cli, plots, problem, runs, scoring, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     with store.locked(folder):
         claim(made, folder, resume)
         print(f"{config.method} on {config.task} -> {folder}")
-        judge = runs.evaluator(made)
+        judge = scoring.evaluator(made)
         started = time.monotonic()
         with cli.Interruption() as stop:
             saved, done = begin(made, folder)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             train(made, judge, folder, saved, done, stop, FLAGS.skip_nonfinite)
         again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
         with cli.Interruption(at_once=again):
-            runs.print_results(report(made, judge, folder, started))
+            scoring.print_results(report(made, judge, folder, started))
     return 0
 
 
@@ -198,13 +198,14 @@ def train(
 
 def record_steps(records: store.Records, done: int, steps: list[meta.Info]) -> list[str]:
     """Records what steps say of themselves, and returns what was not finite, in words."""
-    skipped = []
+    skipped, rows = [], []
     for number, step in enumerate(steps, done + 1):
         values = {name: float(value) for name, value in step.items() if name != "finite"}
         if what := not_finite(step["finite"]):
             skipped.append(f"{what} of step {number}")
             values = {"skipped": what}
-        records.add({"step": number} | values)
+        rows.append({"step": number} | values)
+    records.add(*rows)
     return skipped
 
 
@@ -212,8 +213,9 @@ def validate(
     made: runs.Setup, judge, saved: runs.Saved, state: meta.State, done: int
 ) -> tuple[runs.Saved, dict[str, float]]:
     """The validation of a state, and what is to be saved, the state among the best if it is."""
-    scores = judge(state.params, made.splits["val"], runs.VALIDATION_SEED, runs.VALIDATION_EPISODES)
-    found = runs.summary(scores.adapted)
+    seed, count = scoring.VALIDATION_SEED, scoring.VALIDATION_EPISODES
+    scores = judge(state.params, made.splits["val"], seed, count)
+    found = scoring.summary(scores.adapted)
     if is_better(made.metric, found["mean"], float(saved.best_score)):
         saved = saved._replace(
             best=jax.tree.map(jnp.array, state.params),
@@ -314,8 +316,9 @@ def report(made: runs.Setup, judge, folder: Path, started: float) -> dict[str, A
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
     saved = store.restore(made, folder)
     step = int(saved.best_step)
-    print(f"testing the parameters of step {step} on {runs.TEST_EPISODES} episodes", flush=True)
-    found, scores = runs.measure(made, judge, saved.best, runs.TEST_EPISODES, runs.TEST_SEED)
+    seed, count = scoring.TEST_SEED, scoring.TEST_EPISODES
+    print(f"testing the parameters of step {step} on {count} episodes", flush=True)
+    found, scores = scoring.measure(made, judge, saved.best, count, seed)
     results = {
         "config": dataclasses.asdict(made.config),
         "task": made.config.task,
@@ -328,7 +331,7 @@ def report(made: runs.Setup, judge, folder: Path, started: float) -> dict[str, A
         "digests": made.digests,
         "versions": store.versions(),
     }
-    identity = runs.episode_identity(made, runs.TEST_EPISODES, runs.TEST_SEED)
+    identity = scoring.episode_identity(made, count, seed)
     store.save_episodes(folder, scores, identity)
     store.write_json(folder / "results.json", results)
     plots.curves(store.read_records(folder), results, folder / "curves.png")

@@ -195,15 +195,15 @@ def mr_activations(beta: float | Array, *, blocks: int = 1, start: float = 0.0) 
             return present * linear(code["mean"]), present * jax.nn.softplus(linear(code["scale"]))
 
         def rest(net: Net) -> Net:
-            """The adapted blocks alone, a network of codes."""
+            """The adapted blocks alone, whose inputs are codes; it names no blocks of its own."""
             part = net.part
             assert part is not None
             decode = lambda weights, z: part(weights, z, cut, depth)
-            return net._replace(apply=decode, part=None, depth=blocks)
+            return net._replace(apply=decode, part=None, depth=0)
 
         def algorithm(net: Net, inner: Wrap) -> Learner:
             plain = base(net, inner)
-            if net.depth == blocks:
+            if net.part is None:  # `rest`, which the judge adapts on codes
                 return plain
 
             def at(code: Params) -> Learner:

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from conftest import refused, start
 
-from experiments import cli, compare, evaluate, runs, spec, store, train, vocabulary
+from experiments import cli, compare, evaluate, runs, scoring, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +32,9 @@ TINY = [
 def small_tests(monkeypatch, glyph_cache):
     """Few episodes, and the glyphs that the session has rendered."""
     monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
-    monkeypatch.setattr(runs, "TEST_EPISODES", 60)
-    monkeypatch.setattr(runs, "VALIDATION_EPISODES", 10)
-    monkeypatch.setattr(runs, "MEMORY_EPISODES", 10)
+    monkeypatch.setattr(scoring, "TEST_EPISODES", 60)
+    monkeypatch.setattr(scoring, "VALIDATION_EPISODES", 10)
+    monkeypatch.setattr(scoring, "MEMORY_EPISODES", 10)
 
 
 # --- a run ----------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def finished(tmp_path_factory, glyph_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
         for name, value in (("TEST", 60), ("VALIDATION", 10), ("MEMORY", 10)):
-            patch.setattr(runs, f"{name}_EPISODES", value)
+            patch.setattr(scoring, f"{name}_EPISODES", value)
         assert start(patch, train, *TINY, f"--out={folder}") == 0
     return folder
 

@@ -24,7 +24,7 @@ import optax
 import pytest
 from conftest import make_tasks, refused, start
 
-from experiments import cli, plots, runs, store, train
+from experiments import cli, plots, runs, scoring, store, train
 from mgaug_jax import checkpoint, maml, meta, nets, trainer
 from mgaug_jax.losses import squared_error
 from mgaug_jax.meta import advance, meta_gradient
@@ -312,7 +312,7 @@ def test_a_gradient_and_a_parameter_that_are_not_finite_are_told_apart():
 @pytest.fixture(autouse=True)
 def small_tests(monkeypatch):
     for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-        monkeypatch.setattr(runs, f"{name}_EPISODES", value)
+        monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
 
 
 def state_of(folder: Path):
@@ -327,7 +327,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-            patch.setattr(runs, f"{name}_EPISODES", value)
+            patch.setattr(scoring, f"{name}_EPISODES", value)
         code = start(patch, train, *SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
     assert code == 0
     return folder
@@ -531,14 +531,14 @@ def test_skipped_updates_are_counted_and_end_the_run_when_they_are_too_many(
 
 
 def test_a_validation_that_is_not_finite_is_recorded_and_never_the_best(tmp_path, monkeypatch):
-    real, folder = runs.summary, tmp_path / "run"
-    monkeypatch.setattr(runs, "TEST_EPISODES", 30)
+    real, folder = scoring.summary, tmp_path / "run"
+    monkeypatch.setattr(scoring, "TEST_EPISODES", 30)
 
     def summary(scores):
         found = real(scores)
         return found | {"mean": float("nan")} if found["episodes"] == 10 else found
 
-    monkeypatch.setattr(runs, "summary", summary)
+    monkeypatch.setattr(scoring, "summary", summary)
     assert start(monkeypatch, train, *SINES, "--steps=4", "--eval_every=2", f"--out={folder}") == 0
     records = [r for r in store.read_records(folder) if "val_mse" in r]
     assert [r["val_mse"] for r in records] == [None, None]

@@ -9,7 +9,7 @@ import pytest
 from conftest import refused, start
 from PIL import Image
 
-from experiments import predict, runs, store, train
+from experiments import predict, runs, scoring, store, train
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Examples
 
@@ -36,7 +36,7 @@ def trained(tmp_path_factory, glyph_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
         for name in ("TEST", "VALIDATION", "MEMORY"):
-            patch.setattr(runs, f"{name}_EPISODES", 6)
+            patch.setattr(scoring, f"{name}_EPISODES", 6)
         for name, method in (("head", "fomaml(lr=0.1,steps=2)"), ("prototypes", "protonet()")):
             out = f"--out={folder / name}"
             assert start(patch, train, *TINY, f"--method={method}", out) == 0

@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 from conftest import refused, start
 
-from experiments import problem, runs, spec, train, vocabulary
+from experiments import problem, runs, scoring, spec, train, vocabulary
 from experiments.protocols import PROTOCOLS
 from mgaug_jax import episodes, losses
 from mgaug_jax.data import DATASETS
@@ -19,7 +19,7 @@ SINES = ("--data=sinusoid", "--net=mlp((8,))", "--steps=2", "--eval_every=2", "-
 @pytest.fixture(autouse=True)
 def small_tests(monkeypatch):
     for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-        monkeypatch.setattr(runs, f"{name}_EPISODES", value)
+        monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -75,7 +75,7 @@ def test_tests_may_have_their_own_shots_queries_and_steps(tmp_path, monkeypatch)
     made = {}
     monkeypatch.setattr(train, "train", lambda *arguments: made.setdefault("setup", arguments[0]))
     monkeypatch.setattr(train, "report", lambda *arguments: None)
-    monkeypatch.setattr(runs, "print_results", lambda results: None)
+    monkeypatch.setattr(scoring, "print_results", lambda results: None)
     more = ("--shot=4", "--queries=3", "--test_shot=7", "--test_queries=9", "--test_steps=6")
     method = "--method=maml(0.01,2)"
     assert start(monkeypatch, train, *SINES, *more, method, f"--out={tmp_path / 'run'}") == 0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, runs, spec, store, vocabulary
+from experiments import cli, runs, scoring, spec, store, vocabulary
 from experiments.seeds import expand, over_seeds
 from mgaug_jax import losses, nets
 
@@ -85,7 +85,7 @@ def test_grid_equals_single_runs_and_adds_rows(tmp_path):
     done("train", *arguments)
     made = runs.setup(store.read_config(run))
     params = store.restore(made, run).state.params
-    alone = runs.evaluator(made)(params, None, runs.TEST_SEED, 6).adapted.mean()
+    alone = scoring.evaluator(made)(params, None, scoring.TEST_SEED, 6).adapted.mean()
     assert table["rows"][one]["adapted"][1] == pytest.approx(float(alone), rel=1e-4)
 
 

@@ -1,0 +1,173 @@
+"""What a trained run is measured by: validation, test, label memory.
+
+All entry points share this; it holds no flags.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import runs
+from experiments.progress import Progress
+from experiments.runs import Setup
+from mgaug_jax import losses, methods, nets
+from mgaug_jax.evaluation import Scores, evaluate, interval
+from mgaug_jax.types import Array, MetaParams, Method, Task
+
+TEST_EPISODES, TEST_SEED = 600, 20
+VALIDATION_EPISODES, VALIDATION_SEED = 100, 10
+MEMORY_EPISODES, MEMORY_SEED = 200, 30
+EPISODES_AT_ONCE = 50
+
+
+def episode_key(seed: int) -> Array:
+    """Key of evaluation episodes, apart from those of training whatever the seeds."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"episodes"))
+
+
+def score_of(metric: str) -> Callable[[Array, Array], Array]:
+    return losses.accuracy if metric == "accuracy" else losses.squared_error
+
+
+def evaluator(made: Setup, method: Method | None = None, sample=None):
+    """A compiled `(params, split data, seed, number of episodes, label) -> Scores` in NumPy."""
+    method = method or made.tested
+
+    @jax.jit
+    def compiled(key: Array, params: MetaParams, split: Any, numbers: Array) -> Scores:
+        draw = sample or made.episode
+        return evaluate(method, key, params, draw, split, numbers, score_of(made.metric))
+
+    def scores(params, split, seed: int, count: int, label: str = "") -> Scores:
+        progress = Progress(label, count)
+        chunk = min(count, EPISODES_AT_ONCE)
+        parts = []
+        for first in range(0, count, chunk):
+            numbers = jnp.arange(first, first + chunk)
+            parts.append(jax.device_get(compiled(episode_key(seed), params, split, numbers)))
+            progress.at(min(first + chunk, count))
+        progress.close()
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+        return Scores(*joined)
+
+    return scores
+
+
+def summary(scores: np.ndarray) -> dict[str, float]:
+    """Mean, half width of the 95 % interval, std over episodes and their number."""
+    mean, half_width, std, count = interval(jnp.asarray(scores))
+    return {
+        "mean": float(mean),
+        "half_width": float(half_width),
+        "std": float(std),
+        "episodes": int(count),
+    }
+
+
+def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
+    """The test of a trained run: `(what was measured, per-episode scores by name)`.
+
+    On the same episodes: after adaptation, before it (step 0), the untrained network, and, for
+    images, the nearest class mean of raw pixels. On training tasks: after and before adaptation,
+    and label memory. `judge` is an `evaluator` of `made`.
+    """
+    split = made.splits["test"]
+    trained = judge(params, split, seed, count, "test")
+    blank = made.trainer.init(runs.keys(made.config.seed)[0]).params
+    untrained = judge(blank, split, seed, count, "test, untrained network")
+    scores = {
+        "adapted": trained.adapted,
+        "step0": trained.initial,
+        "untrained": untrained.adapted,
+    }
+    if made.metric == "accuracy":
+        pixels = nets.from_functions(lambda key: {}, lambda params, x: x.reshape(len(x), -1))
+        nearest = evaluator(made, methods.protonet(pixels))
+        scores["pixels"] = nearest(MetaParams({}, {}), split, seed, count, "test, pixels").adapted
+    found = {name: summary(values) for name, values in scores.items()}
+    if made.permuted is not None:
+        own, gain = on_training(made)(params)
+        found["train"], found["train_step0"] = summary(own.adapted), summary(own.initial)
+        found["label_memory"] = summary(gain)
+    return found, scores
+
+
+def label_memory(made: Setup) -> Callable[..., np.ndarray]:
+    """The gain of `on_training` alone."""
+    measure = on_training(made)
+    return lambda *arguments, **options: measure(*arguments, **options)[1]
+
+
+def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray]]:
+    """A compiled `(params, seed, count) -> (scores, gain per episode)` on training tasks. The gain,
+    label memory, is accuracy after adaptation with their labels minus with permuted ones; for
+    regression, squared error with permuted minus own.
+
+    The same tasks twice. Where classes keep their labels (NME) the difference is what the network
+    answers from memory; where labels are drawn anew (ME) there is none to find.
+    """
+
+    def permuted(key: Array, split: Any) -> Task:
+        k_sample, k_labels = jax.random.split(key)
+        tasks = made.sample(k_sample, split)
+        number = len(tasks.query.y)
+        return jax.vmap(made.permuted)(jax.random.split(k_labels, number), tasks)
+
+    def own(key: Array, split: Any) -> Task:
+        return made.sample(jax.random.split(key)[0], split)
+
+    judges = [evaluator(made, sample=draw) for draw in (own, permuted)]
+
+    def both(
+        params: MetaParams, seed: int = MEMORY_SEED, count: int = MEMORY_EPISODES
+    ) -> tuple[Scores, np.ndarray]:
+        own, permuted = (
+            judge(params, made.splits["train"], seed, count, "label memory") for judge in judges
+        )
+        difference = own.adapted - permuted.adapted
+        return own, difference if made.metric == "accuracy" else -difference
+
+    return both
+
+
+def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
+    """What must be equal for two runs to have been tested on the same episodes."""
+    config = made.config
+    first = jax.random.fold_in(episode_key(seed), 0)
+    drawn = jax.jit(made.episode)(jax.random.split(first)[0], made.splits["test"])
+    return {
+        "data": config.data,
+        "split": made.digests.get("test"),
+        "way": config.way if made.metric == "accuracy" else None,
+        "shot": config.test_shot or config.shot,
+        "episodes": count,
+        "seed": seed,
+        "metric": made.metric,
+        "first": hashlib.sha256(np.asarray(drawn.query.x).tobytes()).hexdigest(),
+    }
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The table a run ends with."""
+    labels = {
+        "adapted": "after adaptation",
+        "step0": "before adaptation (step 0)",
+        "untrained": "untrained network, adapted",
+        "pixels": "nearest class mean of raw pixels",
+        "train": "training tasks, after adaptation",
+        "train_step0": "training tasks, before adaptation",
+        "label_memory": "label memory on training classes",
+    }
+    episodes = results["adapted"]["episodes"]
+    print(f"\ntest {results['metric']}, {episodes} episodes, mean and 95 % interval")
+    for name, label in labels.items():
+        if name in results:
+            found = results[name]
+            print(f"  {label:<34} {found['mean']:.4f} +- {found['half_width']:.4f}")
+    if results["chance"]:
+        print(f"  {'chance':<34} {results['chance']:.4f}")
