@@ -388,7 +388,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_done(tmp_path, mon
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_cadences_do_not_change_the_run(chunk, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "chunk_size", lambda seconds: chunk)
-    monkeypatch.setattr(store.Records, "add", lambda self, record: None)
+    monkeypatch.setattr(store.Records, "add", lambda self, *records: None)
     monkeypatch.setattr(plots, "curves", lambda *arguments: None)
     folder = tmp_path / "run"
     assert start(monkeypatch, train, *SINES, "--steps=12", "--eval_every=6", f"--out={folder}") == 0
