@@ -15,6 +15,7 @@ from mgaug_jax import (
     outer,
     perturb,
     pruning,
+    sharding,
     taml,
 )
 from mgaug_jax.augmentations import augment, rotate_classes, shift_targets, shuffle_labels
@@ -30,6 +31,7 @@ from mgaug_jax.modifiers import compose, cp, mgaug, pp, wp
 from mgaug_jax.outer import fresh_optimizer, l2, weight_decay
 from mgaug_jax.perturb import drop_grad, noise
 from mgaug_jax.photo import photo_augment
+from mgaug_jax.sharding import sharded
 from mgaug_jax.types import (
     Examples,
     Learner,
@@ -105,6 +107,8 @@ __all__ = [
     "run",
     "sample_task",
     "sampler",
+    "sharded",
+    "sharding",
     "shift_targets",
     "shuffle_labels",
     "subnet",

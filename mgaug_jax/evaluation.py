@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mgaug_jax.losses import accuracy
-from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.sharding import over_tasks
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
 
@@ -64,7 +64,7 @@ def evaluate(
     """
     learner = method.algorithm(method.net, method.test)
 
-    def episode(e: Array) -> Scores:
+    def episode(params: MetaParams, e: Array) -> Scores:
         k_sample, k_adapt = jax.random.split(jax.random.fold_in(key, e))
         task = jax.tree.map(lambda leaf: leaf[0], sample(k_sample, data))
         judge = lambda fast: score(learner.predict(fast, task.query.x), task.query.y)
@@ -74,4 +74,4 @@ def evaluate(
         )
 
     numbers = jnp.arange(episodes) if isinstance(episodes, int) else episodes
-    return map_tasks(method.net, episode, numbers)
+    return over_tasks(method, episode, params, numbers)

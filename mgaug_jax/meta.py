@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from mgaug_jax.losses import accuracy
-from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.resize import resize_task
+from mgaug_jax.sharding import over_tasks
 from mgaug_jax.types import (
     Array,
     Make,
@@ -89,7 +89,7 @@ def probe(method: Method, params: MetaParams, task: Task, grads: MetaParams) -> 
 
 
 def meta_gradient(
-    method: Method, key: Array, params: MetaParams, tasks: Task
+    method: Method, key: Array, params: MetaParams, tasks: Task, shared: Array | None = None
 ) -> tuple[MetaParams, Info]:
     """Gradient of `method.reduce` over tasks of `views.reduce` over networks (Eq. 7), every task's
     part times what `method.weigh` makes of them; plus the gradients of `method.terms`.
@@ -102,6 +102,8 @@ def meta_gradient(
       key: Randomness of the inner loops, masks and resolutions.
       params: Meta-parameters.
       tasks: A meta-batch, every leaf with a leading axis T.
+      shared: Key of the resolutions in place of `key`: one for all members of a sweep, since a
+        choice between branches that is vmapped computes them all.
 
     Returns:
       The gradient, and the step's info: `loss`, the objective; `query_loss` and, where `y` has
@@ -116,14 +118,14 @@ def meta_gradient(
     k_inner, k_masks, k_views = jax.random.split(key, 3)
     views = method.views
 
-    def full_view(key: Array, task: Task):
+    def full_view(params: MetaParams, key: Array, task: Task):
         full = view(method, key, params, task)
         info = {"query_loss": full.loss}
         if task.query.y.shape[-1] > 1:
             info["accuracy"] = accuracy(full.logits, task.query.y)
         return (full.loss, full.grads), info
 
-    full, info = map_tasks(method.net, full_view, task_keys(k_inner, tasks), tasks)
+    full, info = over_tasks(method, full_view, params, task_keys(k_inner, tasks), tasks)
 
     def combine(per_view, over_views) -> tuple[MetaParams, Array, dict[str, Array]]:
         """Losses `[T, V]` and gradients `[T, V, ...]` to the gradient of the objective, its value,
@@ -142,14 +144,14 @@ def meta_gradient(
         return combine(jax.tree.map(lambda leaf: leaf[:, None], full), over_views=jnp.sum)
 
     def augmented(views: Views):
-        def task_masks(key: Array, task: Task, grads: MetaParams) -> Params:
+        def task_masks(params: MetaParams, key: Array, task: Task, grads: MetaParams) -> Params:
             shown = probe(method, params, task, grads)
             return views.masks(key, method.net, params.net, shown)
 
         keys = task_keys(k_masks, tasks)
-        masks = map_tasks(method.net, task_masks, keys, tasks, full[1])
-        pruned = _pruned_views(method, views, k_views, params, tasks, masks)
-        join = lambda full, rest: jnp.concatenate([full[:, None], jnp.moveaxis(rest, 0, 1)], 1)
+        masks = over_tasks(method, task_masks, params, keys, tasks, full[1])
+        pruned = _pruned_views(method, views, k_views, params, tasks, masks, shared)
+        join = lambda full, rest: jnp.concatenate([full[:, None], rest], 1)
         return combine(jax.tree.map(join, full, pruned), over_views=views.reduce)
 
     if views is None:
@@ -177,39 +179,59 @@ def _term(
     """A term of the objective and its gradient, by the chain rule through its values."""
     learner = method.algorithm(method.net, method.inner)
 
-    def one(key: Array, task: Task):
+    def one(params: MetaParams, key: Array, task: Task):
         return jax.value_and_grad(lambda params: term.measure(key, learner, params, task))(params)
 
-    values, grads = map_tasks(method.net, one, task_keys(key, tasks), tasks)
+    values, grads = over_tasks(method, one, params, task_keys(key, tasks), tasks)
     value, weights = jax.value_and_grad(term.combine)(values)
     return value, jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=1), grads)
 
 
 def _pruned_views(
-    method: Method, views: Views, key: Array, params: MetaParams, tasks: Task, masks: Params
+    method: Method,
+    views: Views,
+    key: Array,
+    params: MetaParams,
+    tasks: Task,
+    masks: Params,
+    shared: Array | None,
 ) -> tuple[Array, MetaParams]:
-    """Losses `[U, T]` and gradients `[U, T, ...]` of the sub-networks `masks [T, U, ...]`."""
+    """Losses `[T, U]` and gradients `[T, U, ...]` of the sub-networks `masks [T, U, ...]`."""
+    numbers = jnp.arange(views.count)
 
-    def one_view(u: Array, masks: Params):
+    def split(u: Array) -> tuple[Array, Array]:
         k_view, k_size = jax.random.split(jax.random.fold_in(key, u))
-        keys = task_keys(k_view, tasks)
+        return k_view, k_size
 
-        def at(size: int | None):
-            def one(key: Array, task: Task, mask: Params):
-                seen = view(method, key, params, resize_task(task, size), mask)
-                return seen.loss, seen.grads
+    def one(params: MetaParams, key: Array, task: Task, mask: Params):
+        seen = view(method, key, params, task, mask)
+        return seen.loss, seen.grads
 
-            return lambda: map_tasks(method.net, one, keys, tasks, masks)
+    k_views, k_sizes = jax.vmap(split)(numbers)
+    if not views.sizes:  # pairs of task and sub-network are one batch
+        of_task = lambda t: jax.vmap(jax.random.fold_in, (0, None))(k_views, t)
+        keys = jax.vmap(of_task)(jnp.arange(len(tasks.query.y)))
+        flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+        each = jax.tree.map(lambda leaf: jnp.repeat(leaf, views.count, axis=0), tasks)
+        found = over_tasks(method, one, params, flat(keys), each, jax.tree.map(flat, masks))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, views.count, *leaf.shape[1:]), found)
 
-        if not views.sizes:
-            return at(None)()
+    def at(size: int, keys: Array, masks: Params):
+        sized = lambda params, key, task, mask: one(params, key, resize_task(task, size), mask)
+        return over_tasks(method, sized, params, keys, tasks, masks)
+
+    def one_view(k_view: Array, k_size: Array, masks: Params):
         # One resolution for all tasks, by an index that is not batched: of the branches, each at
         # its own size, only the chosen one runs.
         index = jax.random.randint(k_size, (), 0, len(views.sizes))
-        return jax.lax.switch(index, [at(size) for size in views.sizes])
+        keys = task_keys(k_view, tasks)
+        return jax.lax.switch(index, [partial(at, size) for size in views.sizes], keys, masks)
 
+    if shared is not None:
+        k_sizes = jax.vmap(jax.random.fold_in, (None, 0))(shared, numbers)
     by_view = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), masks)
-    return jax.lax.map(lambda args: one_view(*args), (jnp.arange(views.count), by_view))
+    found = jax.lax.map(lambda args: one_view(*args), (k_views, k_sizes, by_view))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), found)
 
 
 def task_keys(key: Array, tasks: Task) -> Array:
@@ -236,13 +258,13 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: `key -> State`.
-      step: `(key, state, tasks) -> (state, info)`, one meta-update; `info["finite"]` says of
-        `loss` and `gradient`, task by task, and of the new `parameters` (with the optimiser's state
-        and the objective), whether they are.
+      step: `(key, state, tasks, shared=None) -> (state, info)`, one meta-update; `info["finite"]`
+        says of `loss` and `gradient`, task by task, and of the new `parameters` (with the
+        optimiser's state and the objective), whether they are. `shared` as in `meta_gradient`.
     """
 
     init: Callable[[Array], State]
-    step: Callable[[Array, State, Task], tuple[State, Info]]
+    step: Callable[..., tuple[State, Info]]
 
 
 def trainer(
@@ -261,10 +283,12 @@ def trainer(
         params = first.algorithm(first.net, first.inner).init(key)
         return State(jnp.zeros((), jnp.int32), params, first.outer(rule).init(params))
 
-    def step(key: Array, state: State, tasks: Task) -> tuple[State, Info]:
+    def step(
+        key: Array, state: State, tasks: Task, shared: Array | None = None
+    ) -> tuple[State, Info]:
         k_grad, k_outer = jax.random.split(key)
         now = at(state.step)
-        grads, info = meta_gradient(now, k_grad, state.params, tasks)
+        grads, info = meta_gradient(now, k_grad, state.params, tasks, shared)
         tx = now.outer(rule)
         updates, opt = tx.update(grads, state.opt, state.params, key=k_outer)
         params = jax.tree.map(jnp.add, state.params, updates)

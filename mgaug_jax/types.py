@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 Array = jax.Array
 Params = Any
@@ -197,6 +198,8 @@ class Method(NamedTuple):
         the query after the last inner step.
       terms: What else the objective is made of.
       project: `(weights before, weights after a meta-step) -> weights`, the last word on it.
+      mesh: Devices over which tasks are spread; None: the default one.
+      at_once: How many tasks a device computes at once; None: what is fastest.
     """
 
     net: Net
@@ -211,6 +214,8 @@ class Method(NamedTuple):
     judge: Judge | None = None
     terms: tuple[Term, ...] = ()
     project: Callable[[Params, Params], Params] | None = None
+    mesh: Mesh | None = None
+    at_once: int | None = None
 
 
 Modifier = Callable[[Method], Method]

@@ -15,7 +15,7 @@ import optax
 
 from mgaug_jax.checks import check_positive
 from mgaug_jax.meta import task_keys, view
-from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.sharding import over_tasks
 from mgaug_jax.types import Array, MetaParams, Method, Modifier, Task
 
 Weights = Callable[[Array], Array]
@@ -51,10 +51,10 @@ def probe_gradients(
     """
     plain = method._replace(inner=method.test, judge=None)
 
-    def one(key: Array, task: Task) -> MetaParams:
+    def one(params: MetaParams, key: Array, task: Task) -> MetaParams:
         return view(plain, key, params, judge(task)).grads
 
-    return map_tasks(method.net, one, task_keys(key, tasks), tasks)
+    return over_tasks(method, one, params, task_keys(key, tasks), tasks)
 
 
 def cosine(a: MetaParams, b: MetaParams) -> Array:

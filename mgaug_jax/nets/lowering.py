@@ -66,16 +66,19 @@ def _larger(x: Array, y: Array) -> Array:
     return jnp.where(choose, y, x)
 
 
-def map_tasks(net: Net, f: Callable, *batches):
-    """`f` of every task along the leading axis T of `batches`, stacked.
+def map_tasks(net: Net, f: Callable, *batches, at_once: int | None = None):
+    """`f` of every task along the leading axis T of `batches`, stacked; `at_once` of them batched.
 
-    Where the kernels differ from task to task, a CPU is faster taking one task after another (its
-    caches hold one), if the network convolves; everything else is batched.
+    Unless told: where the kernels differ from task to task, a CPU is faster taking one task after
+    another (its caches hold one), if the network convolves; everything else is batched.
     """
     convolves = any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
-    if convolves and jax.default_backend() == "cpu":
-        return jax.lax.map(lambda args: f(*args), batches)
-    return jax.vmap(f)(*batches)
+    if at_once is None and convolves and jax.default_backend() == "cpu":
+        at_once = 1
+    if at_once is None:
+        return jax.vmap(f)(*batches)
+    batch_size = at_once if at_once > 1 else None
+    return jax.lax.map(lambda args: f(*args), batches, batch_size=batch_size)
 
 
 def _taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
