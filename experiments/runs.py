@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from experiments import spec, vocabulary
 from experiments.cli import BadInput
 from experiments.progress import Watch
-from mgaug_jax import data, episodes, losses, meta
+from mgaug_jax import data, episodes, losses, meta, sharding
 from mgaug_jax.data import sinusoid
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
@@ -87,6 +88,7 @@ class Setup(NamedTuple):
       metric: "accuracy", or "mse" for regression.
       permuted: `(key, training task) -> task` whose labels (or whatever names the task) are
         permuted, for the label-memory diagnostic; None where nothing can be memorised by name.
+      mesh: Devices that the tasks are spread over.
     """
 
     config: Config
@@ -100,6 +102,7 @@ class Setup(NamedTuple):
     digests: dict[str, str]
     metric: str
     permuted: Callable[[Array, Task], Task] | None
+    mesh: Mesh | None = None
 
 
 def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Setup:
@@ -143,6 +146,30 @@ def with_method(made: Setup, text: str) -> Setup:
         return _traced(other)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise BadInput(f"{text}: {error}") from error
+
+
+def on_devices(made: Setup, mesh: Mesh | None, at_once: int | None = None) -> Setup:
+    """The same with its tasks spread over `mesh`, `at_once` of them together on each device."""
+
+    def spread(method: Method) -> Method:
+        method = method if mesh is None else sharding.sharded(mesh)(method)
+        return method._replace(at_once=at_once)
+
+    at, tested = lambda step: spread(made.method(step)), spread(made.tested)
+    other = made._replace(method=at, tested=tested, trainer=trainer(made.config, at), mesh=mesh)
+    return other._replace(splits={name: put(other, data) for name, data in made.splits.items()})
+
+
+def put(made: Setup, tree: Any) -> Any:
+    """Arrays where the setup computes."""
+    return tree if made.mesh is None else sharding.replicate(tree, made.mesh)
+
+
+def compiled(made: Setup, f: Callable, **options: Any) -> Callable:
+    """`f` under jit, its results on all devices of the setup."""
+    if made.mesh is None:
+        return jax.jit(f, **options)
+    return jax.jit(f, out_shardings=sharding.replicated(made.mesh), **options)
 
 
 def _traced(made: Setup) -> Setup:
@@ -299,6 +326,12 @@ class Saved(NamedTuple):
 
 def begin(made: Setup) -> Saved:
     """What a run starts from."""
-    state = jax.jit(made.trainer.init)(keys(made.config.seed)[0])
-    zero = jnp.zeros((), jnp.int32)
-    return Saved(state, state.params, zero, jnp.full((), jnp.nan), zero)
+
+    def init(key: Array) -> meta.State:  # in float64 where JAX_ENABLE_X64 says so
+        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+        wide = lambda leaf: leaf.astype(float) if floating(leaf) else leaf
+        return jax.tree.map(wide, made.trainer.init(key))
+
+    state = compiled(made, init)(put(made, keys(made.config.seed)[0]))
+    zero, none = put(made, (jnp.zeros((), jnp.int32), jnp.full((), jnp.nan)))
+    return Saved(state, state.params, zero, none, zero)

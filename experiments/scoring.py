@@ -38,18 +38,20 @@ def evaluator(made: Setup, method: Method | None = None, sample=None):
     """A compiled `(params, split data, seed, number of episodes, label) -> Scores` in NumPy."""
     method = method or made.tested
 
-    @jax.jit
-    def compiled(key: Array, params: MetaParams, split: Any, numbers: Array) -> Scores:
+    def score(key: Array, params: MetaParams, split: Any, numbers: Array) -> Scores:
         draw = sample or made.episode
         return evaluate(method, key, params, draw, split, numbers, score_of(made.metric))
+
+    compiled = runs.compiled(made, score)
 
     def scores(params, split, seed: int, count: int, label: str = "") -> Scores:
         progress = Progress(label, count)
         chunk = min(count, EPISODES_AT_ONCE)
         parts = []
         for first in range(0, count, chunk):
-            numbers = jnp.arange(first, first + chunk)
-            parts.append(jax.device_get(compiled(episode_key(seed), params, split, numbers)))
+            numbers = runs.put(made, np.arange(first, first + chunk))
+            key = runs.put(made, episode_key(seed))
+            parts.append(jax.device_get(compiled(key, params, split, numbers)))
             progress.at(min(first + chunk, count))
         progress.close()
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
@@ -78,7 +80,7 @@ def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
     """
     split = made.splits["test"]
     trained = judge(params, split, seed, count, "test")
-    blank = made.trainer.init(runs.keys(made.config.seed)[0]).params
+    blank = runs.begin(made).best
     untrained = judge(blank, split, seed, count, "test, untrained network")
     scores = {
         "adapted": trained.adapted,
@@ -138,8 +140,8 @@ def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray]]:
 def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
     """What must be equal for two runs to have been tested on the same episodes."""
     config = made.config
-    first = jax.random.fold_in(episode_key(seed), 0)
-    drawn = jax.jit(made.episode)(jax.random.split(first)[0], made.splits["test"])
+    first = jax.random.split(jax.random.fold_in(episode_key(seed), 0))[0]
+    drawn = runs.compiled(made, made.episode)(runs.put(made, first), made.splits["test"])
     return {
         "data": config.data,
         "split": made.digests.get("test"),

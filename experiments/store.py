@@ -197,7 +197,7 @@ def restore(made: runs.Setup, folder: Path, resume: bool = False) -> runs.Saved:
       BadInput: There is none that can be read, or it is of another run.
     """
     try:
-        like = jax.eval_shape(lambda: runs.begin(made))
+        like = jax.eval_shape(lambda: runs.begin(made._replace(mesh=None)))
         found = checkpoint.restore(folder / "checkpoints", like, quarantine=resume)
     except checkpoint.CheckpointError as error:
         raise BadInput(f"{folder} has no checkpoint that can be read: {error}") from error
@@ -218,17 +218,21 @@ def restore(made: runs.Setup, folder: Path, resume: bool = False) -> runs.Saved:
 class Records:
     """`metrics.jsonl`, appended to line by line, and TensorBoard's where it is installed.
 
-    What cannot be written (the disk is full) is said once, and the run goes on.
+    What cannot be written (the disk is full) is said once, and the run goes on. Without a folder
+    nothing is.
     """
 
-    def __init__(self, folder: Path, done: int = 0):
+    def __init__(self, folder: Path | None, done: int = 0):
         self.failed = False
-        self.log = (folder / "metrics.jsonl").open("a")
-        self.board = None
-        with suppress(ImportError):
-            self.board = Board(folder / "tensorboard", done)
+        self.log = self.board = None
+        if folder is not None:
+            self.log = (folder / "metrics.jsonl").open("a")
+            with suppress(ImportError):
+                self.board = Board(folder / "tensorboard", done)
 
     def add(self, *records: dict[str, Any]) -> None:
+        if self.log is None:
+            return
         try:
             self.log.write("".join(json.dumps(_finite(record)) + "\n" for record in records))
             self.log.flush()

@@ -22,6 +22,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, scoring, store
+from experiments import cli, devices, plots, problem, runs, scoring, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
 
@@ -43,6 +44,7 @@ SAVES = 3
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
+flags.adopt_module_key_flags(devices)
 flags.DEFINE_string("method", "fomaml(lr=0.1,steps=5)|cp(keep=0.98)", "Spec of the method.")
 flags.DEFINE_integer("eval_every", 100, "Meta-steps between validations and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of the initial network and of training.")
@@ -58,27 +60,42 @@ flags.DEFINE_bool(
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    devices.join()
+    with devices.quiet(), ExitStack() as held:
+        return _main(held)
+
+
+def _main(held: ExitStack) -> int:
     problem.adopt_protocol()
     if FLAGS.skip_nonfinite < 0:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
-    made = runs.setup(config, say=print)
-    resume = FLAGS.resume or (
-        FLAGS.requeue and FLAGS.out is not None and (Path(FLAGS.out) / "config.json").exists()
-    )
-    folder = run_folder(made, FLAGS.out, resume)
-    with store.locked(folder):
-        claim(made, folder, resume)
-        print(f"{config.method} on {config.task} -> {folder}")
-        judge = scoring.evaluator(made)
-        started = time.monotonic()
-        with cli.Interruption() as stop:
-            saved, done = begin(made, folder)
+    made = devices.place(runs.setup(config, say=print))
+    folder = Path(FLAGS.out or "runs")
+
+    def claimed() -> Path:
+        resume = FLAGS.resume or (
+            FLAGS.requeue and FLAGS.out is not None and (folder / "config.json").exists()
+        )
+        own = run_folder(made, FLAGS.out, resume)
+        held.enter_context(store.locked(own))
+        claim(made, own, resume)
+        return own
+
+    folder = devices.on_first(claimed, folder)
+    print(f"{config.method} on {config.task} -> {folder}")
+    judge = scoring.evaluator(made)
+    started = time.monotonic()
+    again = f"go on with the same flags and --resume --out={folder}."
+    with cli.Interruption() as stop, devices.peers(again):
+        fresh = runs.begin(made)
+        saved = devices.on_first_arrays(lambda: begin(made, folder, fresh), fresh)
+        if devices.first():
             store.write_config(folder, made)
-            train(made, judge, folder, saved, done, stop, FLAGS.skip_nonfinite)
-        again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
-        with cli.Interruption(at_once=again):
-            scoring.print_results(report(made, judge, folder, started))
+        train(made, judge, folder, saved, stop, FLAGS.skip_nonfinite)
+    again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
+    with cli.Interruption(at_once=again), devices.peers(again):
+        scoring.print_results(report(made, judge, folder, saved, started))
     return 0
 
 
@@ -134,12 +151,10 @@ def train(
     judge,
     folder: Path,
     saved: runs.Saved,
-    done: int,
     stop: cli.Interruption,
     skip: int = 0,
 ) -> None:
-    """Runs from `saved`, the state of step `done`, to `config.steps` in compiled chunks, none much
-    longer than `SECONDS`.
+    """Runs from `saved` to `config.steps` in compiled chunks, none much longer than `SECONDS`.
 
     Raises:
       NotFinite: More than `skip` updates are not; the state before the first too many is saved.
@@ -147,16 +162,17 @@ def train(
       Failed: The state cannot be saved.
     """
     config = made.config
-    _, k_train = runs.keys(config.seed)
-    advance = jax.jit(
-        partial(meta.advance, made.trainer, made.sample, capacity=CHUNK), donate_argnums=1
-    )
-    state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away
+    k_train = runs.put(made, runs.keys(config.seed)[1])
+    chunk = partial(meta.advance, made.trainer, made.sample, capacity=CHUNK)
+    advance = runs.compiled(made, chunk, donate_argnums=1)
+    done = int(saved.state.step)
+    state = runs.put(made, jax.tree.map(jnp.array, saved.state))  # a copy: it is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
-    size, failures, on_disk = 1, 0, done
-    with store.Records(folder, done) as records:
-        while done < config.steps and not stop.requested:
+    failures, on_disk = 0, done
+    stopping, size = devices.agree(stop.requested, 1)
+    with store.Records(folder if devices.first() else None, done) as records:
+        while done < config.steps and not stopping:
             to_evaluation = config.eval_every - done % config.eval_every
             count = min(size, to_evaluation, config.steps - done)
             before = time.monotonic()
@@ -185,10 +201,11 @@ def train(
                 saved = saved._replace(state=state)
                 failures = save(made, folder, saved, failures, last=stop.requested)
                 on_disk = done if not failures else on_disk
+            stopping, size = devices.agree(stop.requested, size)
         progress.close()
-        if stop.requested and on_disk != done:
+        if stopping and on_disk != done:
             save(made, folder, saved._replace(state=state), 0, last=True)
-    if stop.requested:
+    if stopping:
         raise cli.Interrupted(
             f"saved at step {done}; go on with the same flags and --resume --out={folder}."
             if done
@@ -220,7 +237,7 @@ def validate(
         saved = saved._replace(
             best=jax.tree.map(jnp.array, state.params),
             best_step=jnp.int32(done),
-            best_score=jnp.float32(found["mean"]),
+            best_score=jnp.full((), found["mean"]),
         )
     return saved, {
         f"val_{made.metric}": found["mean"],
@@ -230,11 +247,13 @@ def validate(
 
 
 def save(made: runs.Setup, folder: Path, saved: runs.Saved, failures: int, last: bool) -> int:
-    """Saves, and returns how many times in a row that has failed.
+    """Saves, on the first process, and returns how many times in a row that has failed.
 
     Raises:
       Failed: It did `SAVES` times, or there is no other chance.
     """
+    if not devices.first():
+        return 0
     try:
         store.save(made, folder, saved)
     except checkpoint.SaveError as error:
@@ -263,9 +282,8 @@ def not_finite(finite: dict[str, np.ndarray]) -> str:
     return "" if finite["parameters"] else "parameters, optimiser state or objective"
 
 
-def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
-    """The newest checkpoint and its step, the records cut back to it; or a new run, if none was
-    ever saved.
+def begin(made: runs.Setup, folder: Path, fresh: runs.Saved) -> runs.Saved:
+    """The newest checkpoint, the records cut back to it; or `fresh`, if none was ever saved.
 
     Raises:
       BadInput: The run was already trained for longer, none of its checkpoints can be read, or it
@@ -282,7 +300,7 @@ def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
         if store.read_records(folder):
             print("no checkpoint was saved yet: beginning at step 0")
             (folder / "metrics.jsonl").replace(folder / "metrics.jsonl.old")
-        return runs.begin(made), 0
+        return fresh
     saved = store.restore(made, folder, resume=True)
     done = int(saved.state.step)
     if done > made.config.steps:
@@ -290,7 +308,7 @@ def begin(made: runs.Setup, folder: Path) -> tuple[runs.Saved, int]:
     records = [record for record in store.read_records(folder) if record["step"] <= done]
     store.write_records(folder, records)
     print(f"resumed at step {done}")
-    return saved, done
+    return saved
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
@@ -312,13 +330,15 @@ def _not_finite(what: str, skipped: int, step: int) -> cli.NotFinite:
     )
 
 
-def report(made: runs.Setup, judge, folder: Path, started: float) -> dict[str, Any]:
+def report(
+    made: runs.Setup, judge, folder: Path, like: runs.Saved, started: float
+) -> dict[str, Any]:
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
-    saved = store.restore(made, folder)
+    saved = devices.on_first_arrays(lambda: store.restore(made, folder), like)
     step = int(saved.best_step)
     seed, count = scoring.TEST_SEED, scoring.TEST_EPISODES
     print(f"testing the parameters of step {step} on {count} episodes", flush=True)
-    found, scores = scoring.measure(made, judge, saved.best, count, seed)
+    found, scores = scoring.measure(made, judge, runs.put(made, saved.best), count, seed)
     results = {
         "config": dataclasses.asdict(made.config),
         "task": made.config.task,
@@ -332,6 +352,8 @@ def report(made: runs.Setup, judge, folder: Path, started: float) -> dict[str, A
         "versions": store.versions(),
     }
     identity = scoring.episode_identity(made, count, seed)
+    if not devices.first():
+        return results
     store.save_episodes(folder, scores, identity)
     store.write_json(folder / "results.json", results)
     plots.curves(store.read_records(folder), results, folder / "curves.png")

@@ -81,7 +81,7 @@ def save(
     try:
         clean(folder)
         shutil.rmtree(folder / str(step), ignore_errors=True)  # of a run resumed before this step
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             items = {"state": ocp.args.StandardSave(arrays), "about": ocp.args.JsonSave(about)}
             checkpointer.save(folder / str(step), args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises whatever its storage raises
@@ -145,6 +145,21 @@ def restore(folder: str | Path, like: Any, *, quarantine: bool = False) -> Resto
     raise CheckpointError("; ".join(reasons) or f"{folder} holds none; nothing was saved there yet")
 
 
+def _checkpointer():
+    """Of this process alone: what is saved is the same on all, so that the others need not wait."""
+    import orbax.checkpoint as ocp
+
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(this, {this}, f"process{this}")
+    composite = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=composite,
+        state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _is_damage(error: Exception) -> bool:
     """Whether it is the checkpoint that is at fault, not the machine that reads it."""
     machine = isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError)
@@ -168,7 +183,7 @@ def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
             "it lacks the description of its arrays: it has format 1, which only development "
             "versions before 2026-11-25 wrote and read, or is damaged; in that case remove it"
         )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
         about = about["about"]
         if about.pop("own_digest") != _digest([], about):

@@ -1,0 +1,172 @@
+"""On which devices an entry point computes: flags, the other processes of a run, agreement.
+
+Every process of a run computes the same program; the first one alone writes and speaks.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from experiments import runs
+from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, BadInput, Failed
+from mgaug_jax import sharding
+
+T = TypeVar("T")
+TEXT = 2000
+"""Bytes of a refusal that the first process tells the others."""
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "mesh", None, "Spread tasks over devices: a number of them, or all (of all hosts)."
+)
+flags.DEFINE_integer(
+    "tasks_at_once", None, "Tasks that a device computes together. Default: what is fastest."
+)
+flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the run's other processes: as JAX_COORDINATOR_ADDRESS (host:port of the first), "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or Slurm, Open MPI or a TPU pod. Takes all devices.",
+)
+flags.DEFINE_integer("heartbeat", 100, "Seconds after which a silent process counts as dead.")
+
+
+def join() -> None:
+    """Joins the other processes if `--distributed` asks for it; before anything else of JAX.
+
+    Raises:
+      BadInput: They cannot be joined.
+    """
+    if not FLAGS.distributed:
+        return
+    given = {
+        name: os.environ.get(f"JAX_{name.upper()}")
+        for name in ("coordinator_address", "num_processes", "process_id")
+    }
+    try:
+        numbers = {name: int(value) for name, value in given.items() if value and ":" not in value}
+        jax.distributed.initialize(
+            given["coordinator_address"], heartbeat_timeout_seconds=FLAGS.heartbeat, **numbers
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise BadInput(
+            f"the run's other processes cannot be joined ({str(error).splitlines()[0]}); set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each of them."
+        ) from error
+
+
+def place(made: runs.Setup) -> runs.Setup:
+    """The setup on the devices that the flags name.
+
+    Raises:
+      BadInput: There are fewer.
+    """
+    if FLAGS.tasks_at_once is not None and FLAGS.tasks_at_once < 1:
+        raise BadInput(f"--tasks_at_once={FLAGS.tasks_at_once} must be 1 or more.")
+    asked = "all" if FLAGS.distributed and FLAGS.mesh is None else FLAGS.mesh
+    devices = jax.devices()
+    if asked not in (None, "all"):
+        if not asked.isdigit() or not 0 < int(asked) <= len(devices):
+            raise BadInput(
+                f"--mesh={asked} was asked for, but there are {len(devices)} devices; give a "
+                "number up to that, or all."
+            )
+        if jax.process_count() > 1 and int(asked) != len(devices):
+            raise BadInput(f"--mesh={asked}: several processes use all devices; leave it out.")
+        devices = devices[: int(asked)]
+    mesh = None if asked is None else sharding.mesh(devices)
+    if mesh is not None and (idle := -made.config.tasks % mesh.size):
+        print(
+            f"note: {made.config.tasks} tasks on {mesh.size} devices leave {idle} without one; "
+            f"a multiple of {mesh.size} does not."
+        )
+    return runs.on_devices(made, mesh, FLAGS.tasks_at_once)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is printed but by the first process."""
+    if first():
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+
+
+def on_first(f: Callable[[], T], otherwise: T) -> T:
+    """`f()` on the first process, `otherwise` on the others, once the first has it.
+
+    Raises:
+      BadInput: The first did.
+    """
+    if jax.process_count() == 1:
+        return f()
+    found, refusal = otherwise, ""
+    if first():
+        try:
+            found = f()
+        except BadInput as error:
+            refusal = str(error)
+    text = np.frombuffer(refusal.encode()[:TEXT].ljust(TEXT), np.uint8)
+    told = multihost_utils.broadcast_one_to_all(text)
+    if refusal := np.asarray(told).tobytes().decode(errors="ignore").strip():
+        raise BadInput(refusal)
+    return found
+
+
+def on_first_arrays(f: Callable[[], T], like: T) -> T:
+    """`f()` of the first process, on all: arrays in the tree and the shapes of `like`.
+
+    Raises:
+      BadInput: The first did.
+    """
+    found = on_first(f, like)
+    if jax.process_count() == 1:
+        return found
+    return multihost_utils.broadcast_one_to_all(jax.device_get(found))
+
+
+def agree(stop: bool, steps: int) -> tuple[bool, int]:
+    """Whether any process is to stop, and the number of steps of the one that wants the fewest."""
+    if jax.process_count() == 1:
+        return stop, steps
+    told = multihost_utils.process_allgather(np.array([not stop, steps]))
+    go, steps = np.asarray(told).reshape(-1, 2).min(0)
+    return not go, int(steps)
+
+
+@contextlib.contextmanager
+def peers(how_to_go_on: str) -> Iterator[None]:
+    """Ends this process, and says why, when another one is gone or this one alone must end.
+
+    At once, not by an exception: on the way out JAX would wait for the others, then abort.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        _leave(f"another process of the run is gone ({reason}); {how_to_go_on}", EXIT_INTERRUPTED)
+    except (Failed, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        _leave(str(error), EXIT_FAILED)
+
+
+def _leave(why: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    os._exit(code)
