@@ -5,7 +5,9 @@ Every process of a run computes the same program; the first one alone writes and
 
 import contextlib
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -15,12 +17,14 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from experiments import runs
-from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, BadInput, Failed
+from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, BadInput, Failed, NotFinite
 from mgaug_jax import sharding
 
 T = TypeVar("T")
 TEXT = 2000
 """Bytes of a refusal that the first process tells the others."""
+GONE = re.compile("UNKNOWN:|UNAVAILABLE:|INTERNAL:|DEADLINE_EXCEEDED:")
+"""What XLA says of a collective that failed, where JAX makes a ValueError of it."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -46,14 +50,13 @@ def join() -> None:
     """
     if not FLAGS.distributed:
         return
-    given = {
-        name: os.environ.get(f"JAX_{name.upper()}")
-        for name in ("coordinator_address", "num_processes", "process_id")
-    }
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
     try:
-        numbers = {name: int(value) for name, value in given.items() if value and ":" not in value}
         jax.distributed.initialize(
-            given["coordinator_address"], heartbeat_timeout_seconds=FLAGS.heartbeat, **numbers
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            number("JAX_NUM_PROCESSES"),
+            number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=FLAGS.heartbeat,
         )
     except (ValueError, RuntimeError, TypeError) as error:
         raise BadInput(
@@ -155,15 +158,15 @@ def peers(how_to_go_on: str) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        reason = str(error).splitlines()[0][:200]
-        _leave(f"another process of the run is gone ({reason}); {how_to_go_on}", EXIT_INTERRUPTED)
-    except (Failed, OSError) as error:
-        if jax.process_count() == 1:
-            raise
-        _leave(str(error), EXIT_FAILED)
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, BadInput | NotFinite):
+            raise  # all end by it
+        if isinstance(error, Failed | OSError):
+            _leave(str(error), EXIT_FAILED)
+        if isinstance(error, jax.errors.JaxRuntimeError) or GONE.match(str(error)):
+            why = str(error).splitlines()[0][:200]
+            _leave(f"another process of the run is gone ({why}); {how_to_go_on}", EXIT_INTERRUPTED)
+        _leave(traceback.format_exc(), EXIT_FAILED)
 
 
 def _leave(why: str, code: int) -> None:

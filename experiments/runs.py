@@ -140,12 +140,22 @@ def with_method(made: Setup, text: str) -> Setup:
     Raises:
       BadInput: As `setup`.
     """
-    config = dataclasses.replace(made.config, method=text)
-    other = made._replace(config=config, **_method(config, made.problem))
     try:
-        return _traced(other)
+        return _traced(with_numbers(made, text, {}))
     except (ValueError, TypeError, ArithmeticError) as error:
         raise BadInput(f"{text}: {error}") from error
+
+
+def with_numbers(made: Setup, text: str, numbers: dict[str, Any]) -> Setup:
+    """The same with the method of a spec in which names stand for `numbers`, which may be traced;
+    that of `outer_lr` is the outer learning rate. Not checked by a step.
+
+    Raises:
+      BadInput: The spec makes no sense.
+    """
+    rate = numbers.get("outer_lr", made.config.outer_lr)
+    config = dataclasses.replace(made.config, method=text, outer_lr=rate)
+    return made._replace(config=config, **_method(config, made.problem, numbers))
 
 
 def on_devices(made: Setup, mesh: Mesh | None, at_once: int | None = None) -> Setup:
@@ -267,14 +277,16 @@ def _regression(config: Config, say) -> Setup:
     )
 
 
-def _method(config: Config, problem: vocabulary.Problem) -> dict[str, Any]:
-    method = spec.method(config.method, problem)
+def _method(
+    config: Config, problem: vocabulary.Problem, numbers: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    method = spec.method(config.method, problem, numbers=numbers)
     if config.schedule != "constant" and spec.uses(config.method, "fresh_optimizer"):
         raise BadInput(
             f"--schedule={config.schedule} was asked for, but fresh_optimizer begins it anew at "
             "every step; leave one of them out."
         )
-    tested = spec.method(config.method, problem, steps=config.test_steps)
+    tested = spec.method(config.method, problem, config.test_steps, numbers)
     return {
         "method": method,
         "tested": tested(jnp.zeros((), jnp.int32)),

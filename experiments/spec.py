@@ -27,15 +27,20 @@ from experiments.vocabulary import (
 from mgaug_jax.types import Array, Method, Modifier, Net
 
 
-def method(text: str, problem: Problem, steps: int | None = None) -> Callable[[Array], Method]:
+def method(
+    text: str,
+    problem: Problem,
+    steps: int | None = None,
+    numbers: Mapping[str, Any] | None = None,
+) -> Callable[[Array], Method]:
     """`step -> Method` of a spec string, checked by building it once; with another number of inner
-    `steps`, if given.
+    `steps`, if given. Names in place of literals stand for `numbers`, which may be traced.
 
     Raises:
       BadInput: The text does not parse, a name or argument is unknown, a value is refused, or the
         algorithm cannot make so many steps.
     """
-    calls = _parse(text)
+    calls = _parse(text, numbers)
     name, options = calls[0]
     _known(name, ALGORITHMS, "algorithm")
     for modifier, _ in calls[1:]:
@@ -135,7 +140,7 @@ def _refusals(text: str) -> Iterator[None]:
         raise BadInput(f"{text}: {error}") from error
 
 
-def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
+def _parse(text: str, numbers: Mapping[str, Any] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """The calls of `a(...)|b(...)`: names, and arguments by name or position."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -147,10 +152,10 @@ def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         calls.append(node.right)
         node = node.left
-    return [_call(text, call) for call in [node, *reversed(calls)]]
+    return [_call(text, call, numbers or {}) for call in [node, *reversed(calls)]]
 
 
-def _call(text: str, node: ast.expr) -> tuple[str, dict[str, Any]]:
+def _call(text: str, node: ast.expr, numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
         raise BadInput(
@@ -162,6 +167,9 @@ def _call(text: str, node: ast.expr) -> tuple[str, dict[str, Any]]:
     for name, value in arguments:
         if name in options:
             raise BadInput(f"{call.func.id} was given {name} twice.")
+        if isinstance(value, ast.Name) and value.id in numbers:
+            options[name] = numbers[value.id]
+            continue
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:

@@ -116,7 +116,7 @@ def test_a_killed_peer_ends_the_other_plainly_and_the_run_goes_on(tmp_path, devi
     wait_for(out, "validation")
     processes[1].kill()
     before = time.monotonic()
-    assert processes[0].wait(60) == 75
+    assert processes[0].wait(60) == 75, said(out, 0)
     assert time.monotonic() - before < 20  # twice the heartbeat
     processes[1].wait()
     assert "another process of the run is gone" in said(out, 0)
