@@ -43,8 +43,8 @@ flags.DEFINE_integer("probes", 16, "Training tasks whose gradient it is.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    if FLAGS.points < 2 or FLAGS.probes < 1:
-        raise cli.BadInput("--points must be 2 or more and --probes 1 or more.")
+    if not 2 <= FLAGS.points <= FLAGS.steps or FLAGS.probes < 1:
+        raise cli.BadInput("--points must be from 2 to --steps, and --probes 1 or more.")
     return figure.make("drift", measure, draw, tell, **sigma.DEFAULTS)
 
 
@@ -52,16 +52,13 @@ def measure(folder: Path) -> Rows:
     del folder
     made = sigma.setups()
     plain = made[0.0]
-    every = FLAGS.steps // FLAGS.points
-    if not every:
-        raise cli.BadInput(f"--steps={FLAGS.steps} leaves no step between --points.")
+    every = -(-FLAGS.steps // FLAGS.points)
     method = plain.method(jnp.zeros((), jnp.int32))
     numbers = jnp.arange(FLAGS.probes)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(scoring.episode_key(KEY), numbers)
     probes = scoring.drawn(plain.sample, keys, plain.splits["train"])
-    gradient = jax.jit(
-        lambda params: meta.meta_gradient(method, jax.random.key(0), params, probes)[0]
-    )
+    key = jax.random.key(0)
+    gradient = jax.jit(lambda params, tasks: meta.meta_gradient(method, key, params, tasks)[0])
     rows: Rows = []
     for std, setup in made.items():
         visited: list[Any] = []
@@ -75,7 +72,9 @@ def measure(folder: Path) -> Rows:
         visited.append(states.params)
         for seed in range(FLAGS.seeds):
             points = [jax.tree.map(lambda x, s=seed: jnp.asarray(x[s]), p) for p in visited]
-            rows += of_run(std, seed, points, [gradient(p) for p in points], losses[seed], every)
+            rows += of_run(
+                std, seed, points, [gradient(p, probes) for p in points], losses[seed], every
+            )
         print(f"std {std:g} done", flush=True)
     return rows
 

@@ -135,10 +135,11 @@ def tell(rows: Rows) -> list[str]:
         found = where(rows, sigma=sigma)
         names = ("test", "test_step0", "train", "train_step0", "permuted")
         cells = "  ".join(f"{name} {text(by_seed(found, name))}" for name in names)
-        memory = np.subtract(by_seed(found, "train"), by_seed(found, "permuted"))
+        sign = 1 if found[0]["metric"] == "accuracy" else -1
+        memory = sign * np.subtract(by_seed(found, "train"), by_seed(found, "permuted"))
         change = np.array(by_seed(found, "test")) - base
         lines.append(f"sigma {sigma:g}: {cells}")
-        lines.append(f"  own minus permuted {text(memory)}; test minus no noise {text(change)}")
+        lines.append(f"  label memory {text(memory)}; test minus no noise {text(change)}")
     return lines
 
 
