@@ -134,7 +134,7 @@ def correlations(cams: np.ndarray) -> np.ndarray:
 
 def draw(rows: Rows):
     samples, panels = figure.distinct(rows, "sample"), figure.distinct(rows, "panel")
-    height = 0.25 + 0.85 * len(samples)
+    height = 0.25 + 0.65 * len(samples)
     drawn, grid = figure.axes(len(samples), len(panels), height=height)
     for axes, sample in zip(grid, samples, strict=True):
         image = grid_of(where(rows, sample=sample, panel="image"))
