@@ -37,7 +37,6 @@ KEY = 70
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sigma)
-flags.DEFINE_integer("points", 10, "Points of training at which gradients are taken.")
 flags.DEFINE_integer("probes", 16, "Training tasks whose gradient it is.")
 
 
