@@ -69,6 +69,7 @@ REFUSED = [
     ("sigma", (*SINES, "--noise=noise(1)"), "has no {} where the std goes"),
     ("drift", (*SINES, "--points=1"), "--points must be from 2 to --steps"),
     ("curves", (*SINES[:-2], "--methods=maml"), "has no accuracy"),
+    ("hat", (*SINES[:-1], "--count=1"), "this figure is of classes"),
     ("switching", (*GLYPHS, "--starts=1"), "must be from 0 to below 1"),
     ("fine_tuning", ("--inner_steps=0",), "--inner_steps=0 must be 1 or more"),
 ]

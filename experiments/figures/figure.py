@@ -66,6 +66,9 @@ def make(
       draw: `rows -> matplotlib figure`.
       tell: `rows -> lines`, numbers for the terminal.
       **defaults: Values of flags that neither the command line nor a protocol sets.
+
+    Raises:
+      BadInput: What is asked for cannot be.
     """
     import matplotlib
 
@@ -81,7 +84,11 @@ def make(
     folder = store.output(FLAGS.out)
     table, picture = folder / f"{name}.csv", folder / f"{name}.png"
     if not FLAGS.redraw:
-        write(table, measure(folder))
+        try:
+            rows = measure(folder)
+        except ValueError as error:  # what the library refuses
+            raise cli.BadInput(str(error)) from error
+        write(table, rows)
         made = {"arguments": sys.argv[1:], "versions": store.versions()}
         store.write_json(folder / f"{name}.json", made)
     rows = read(table)

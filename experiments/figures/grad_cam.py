@@ -107,6 +107,8 @@ def explained(method, block: int, params, tasks: Task, keeps: Array) -> tuple[Ar
 
         def maps(net) -> tuple[Array, Array]:
             learner = method.algorithm(net, method.test)
+            if learner.weights is None:
+                raise ValueError("Grad-CAM needs logits of classes; use fomaml or maml.")
             fast = learner.adapt(key, params, task.support)
             logits = learner.predict(fast, task.query.x)
             found = behaviour.grad_cam(net, learner.weights(fast), *task.query, block)

@@ -40,19 +40,21 @@ def trained(folder: Path, homes: Sequence[str], labels: str | None = None) -> li
     folders below `folder`, and used again by a repeated command and by other figures.
 
     Raises:
-      BadInput: A folder holds no run, or that of another configuration.
+      BadInput: A folder holds no run, or that of another configuration, or tasks have no classes.
     """
     if homes:
         return _given(homes)
     labels = labels or FLAGS.labels
     config = dataclasses.replace(problem.config(FLAGS.method, 0, FLAGS.steps), labels=labels)
-    made = runs.setup(config, say=print)
+    made = _of_classes(config)
     seeds = range(FLAGS.seeds)
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     own = [folder / f"network-{labels}-seed{seed}" for seed in seeds]
     for home, expected in zip(own, configs, strict=True):
         if (home / "config.json").exists() and store.read_config(home) != expected:
             raise cli.BadInput(f"{home} holds a network of other flags; choose another --out.")
+        if (home / "config.json").exists():
+            store.check_digests(home, made)
     if not all((home / "config.json").exists() for home in own):
         states, _ = train(made, FLAGS.seeds, f"networks, {labels}")
         for seed, home in enumerate(own):
@@ -69,13 +71,22 @@ def trained(folder: Path, homes: Sequence[str], labels: str | None = None) -> li
     ]
 
 
+def _of_classes(config: runs.Config) -> runs.Setup:
+    made = runs.setup(config, say=print)
+    if made.metric != "accuracy":
+        raise cli.BadInput("this figure is of classes; take another --data than sinusoid.")
+    return made
+
+
 def _given(homes: Sequence[str]) -> list[Trained]:
     """The best networks, on validation, of run folders."""
     configs = [store.read_config(Path(home)) for home in homes]
     for home, config in zip(homes, configs, strict=True):
         if dataclasses.replace(config, seed=configs[0].seed) != configs[0]:
             raise cli.BadInput(f"{home} differs from {homes[0]} by more than its seed.")
-    made = runs.setup(configs[0], say=print)
+    if len({config.seed for config in configs}) < len(configs):
+        raise cli.BadInput(f"{', '.join(homes)} must be runs of different seeds.")
+    made = _of_classes(configs[0])
     found = []
     for home, config in zip(homes, configs, strict=True):
         store.check_digests(Path(home), made)
