@@ -11,6 +11,7 @@ Bands are 95 % intervals over seeds.
 curves.csv: method, seed, step, train_loss_nats, train_accuracy, val_loss_nats, val_accuracy.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from experiments.seeds import expand
 
 FOMAML = "fomaml(lr=0.1,steps=5)"
 METHODS = f"{FOMAML}; {FOMAML}|aug(); {FOMAML}|aug()|cp(keep=0.98)"
-NAMES = ["FoMAML", "+ Aug", "+ Aug + MGAug"]
 COLUMNS = ("train_loss_nats", "train_accuracy", "val_loss_nats", "val_accuracy")
 
 FLAGS = flags.FLAGS
@@ -41,14 +41,20 @@ def main(arguments: Sequence[str]) -> int:
 def measure(folder: Path) -> Rows:
     del folder
     specs = expand(FLAGS.methods)
-    names = NAMES if specs == expand(METHODS) else specs
     first = runs.setup(problem.config(specs[0], 0, FLAGS.steps), say=print)
-    setups = [runs.with_method(first, text) for text in specs]
+    setups = {text: runs.with_method(first, text) for text in specs}
     rows = []
-    for name, made in zip(names, setups, strict=True):
+    for name, made in setups.items():
         rows += [{"method": name, **row} for row in training.history(made, name, "val")]
         print(f"trained {name}", flush=True)
     return rows
+
+
+def short(spec: str) -> str:
+    """The words of a spec without their arguments: `fomaml + aug + cp`."""
+    while (bare := re.sub(r"\([^()]*\)", "", spec)) != spec:
+        spec = bare
+    return spec.replace("|", " + ")
 
 
 def draw(rows: Rows):
@@ -57,13 +63,13 @@ def draw(rows: Rows):
     for ax, column in zip(grid.T.flat, COLUMNS, strict=True):
         part, what = column.split("_", 1)
         for i, name in enumerate(figure.distinct(rows, "method")):
-            figure.line(ax, where(rows, method=name), "step", column, i, name)
+            figure.line(ax, where(rows, method=name), "step", column, i, short(name))
         ax.set_ylabel(labels[what])
         if what == "loss_nats":
             ax.set_title({"train": "training tasks", "val": "validation"}[part])
     for ax in grid[-1]:
         ax.set_xlabel("meta-step")
-    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return drawn
 
 
