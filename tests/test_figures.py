@@ -195,12 +195,14 @@ def test_what_cannot_be_is_refused_with_a_sentence(cheap, case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_dear_pictures_are_readable(dear):
     check_pictures(dear, DEAR)
     assert "turn of the\ngradient (°)" in dear[1]["drift"]["labels"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_hats_have_a_full_network_in_common(dear):
     rows = table(dear[0], "hat")
     full = {
@@ -215,6 +217,7 @@ def test_hats_have_a_full_network_in_common(dear):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_attention_is_compared_with_the_full_network(dear):
     rows = table(dear[0], "attention")
     correlation = column(rows, "correlation")
@@ -227,6 +230,7 @@ def test_attention_is_compared_with_the_full_network(dear):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_late_mgaug_is_no_mgaug_before_it_starts(dear):
     rows = table(dear[0], "switching")
     at = lambda start, step: [
@@ -239,6 +243,7 @@ def test_late_mgaug_is_no_mgaug_before_it_starts(dear):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_curves_are_of_three_methods(dear):
     rows = table(dear[0], "curves")
     assert len(rows) == 3 * 2 * 2  # methods, seeds, points
@@ -247,6 +252,7 @@ def test_curves_are_of_three_methods(dear):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_drift_is_in_degrees_and_starts_from_one_network(dear):
     rows = table(dear[0], "drift")
     assert sorted({float(row["step"]) for row in rows}) == [8, 12]
@@ -259,6 +265,7 @@ def test_drift_is_in_degrees_and_starts_from_one_network(dear):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_fine_tuning_starts_at_step_0_with_every_curve(dear):
     rows = table(dear[0], "fine_tuning")
     curves = {row["curve"] for row in rows}
