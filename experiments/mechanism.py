@@ -33,9 +33,9 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, plots, problem, runs, store
+from experiments.scoring import drawn
 from experiments.seeds import over_seeds, train
 from mgaug_jax import analysis, weighting
-from mgaug_jax.types import Array, Task
 
 LINE = np.linspace(-0.25, 1.25, 31)
 TASKS, TESTS, KEY = 64, 8, 50
@@ -115,12 +115,6 @@ def measure(noisy: runs.Setup, plain: runs.Setup, base, params, losses) -> dict[
         for name, value in zip(NUMBERS, values, strict=True):
             found[name].append(value)
     return {**found, "line": np.mean(lines, axis=0).tolist()}
-
-
-@partial(jax.jit, static_argnums=0)
-def drawn(sample, keys: Array, data: Any) -> Task:
-    """One task for every key, leading axis of all."""
-    return jax.lax.map(lambda key: jax.tree.map(lambda x: x[0], sample(key, data)), keys)
 
 
 def correlations(made: runs.Setup, base) -> dict[str, list]:

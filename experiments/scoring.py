@@ -6,6 +6,7 @@ All entry points share this; it holds no flags.
 import hashlib
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +33,12 @@ def episode_key(seed: int) -> Array:
 
 def score_of(metric: str) -> Callable[[Array, Array], Array]:
     return losses.accuracy if metric == "accuracy" else losses.squared_error
+
+
+@partial(jax.jit, static_argnums=0)
+def drawn(sample, keys: Array, data: Any) -> Task:
+    """One task for every key, leading axis of all."""
+    return jax.lax.map(lambda key: jax.tree.map(lambda x: x[0], sample(key, data)), keys)
 
 
 def evaluator(made: Setup, method: Method | None = None, sample=None):

@@ -140,3 +140,22 @@ def settling(losses: Array, window: int, within: float = 0.1) -> tuple[Array, Ar
     half = len(smooth) // 2
     centre = losses[window // 2 : window // 2 + len(smooth)]
     return first, jnp.std((centre - smooth)[half:])
+
+
+def drift(gradients: MetaParams, points: MetaParams) -> tuple[Array, Array]:
+    """How the direction of the meta-gradient drifts along P points of training.
+
+    Args:
+      gradients: Meta-gradients of the same tasks at the points, leaves `[P, ...]`.
+      points: The meta-parameters there.
+
+    Returns:
+      Cosines `[P - 1]`: of a gradient to that at the point before, and of every move between two
+      points to minus the gradient where it starts (1: straight downhill).
+    """
+    part = lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)
+    before = part(gradients, slice(None, -1))
+    moves = jax.tree.map(lambda leaf: leaf[:-1] - leaf[1:], points)
+    return jax.vmap(cosine)(part(gradients, slice(1, None)), before), jax.vmap(cosine)(
+        moves, before
+    )

@@ -172,3 +172,29 @@ def test_settled_is_settled_for_good(x64):
     curve = np.concatenate([np.linspace(2, 0, 10), np.full(10, 2.0), np.zeros(20)])
     first, _ = analysis.settling(jnp.asarray(curve), 1)
     assert first == 20
+
+
+def test_drift_of_a_circle_and_of_a_straight_descent(x64):
+    """Gradients that turn by 30 degrees a point; one move downhill, one across, one uphill."""
+    turns = np.radians([0, 30, 60, 90])
+    gradients = MetaParams({"w": jnp.asarray(np.stack([np.cos(turns), np.sin(turns)], 1) * 3)}, {})
+    g = np.asarray(gradients.net["w"])
+    moves = [-2 * g[0], 0.5 * np.array([-g[1][1], g[1][0]]), g[2]]
+    points = MetaParams({"w": jnp.asarray(np.cumsum([np.ones(2), *moves], axis=0))}, {})
+    turned, downhill = analysis.drift(gradients, points)
+    np.testing.assert_allclose(turned, np.full(3, np.cos(np.pi / 6)), rtol=1e-12)
+    np.testing.assert_allclose(downhill, [1, 0, -1], atol=1e-12)
+
+
+def test_drift_counts_every_parameter(x64):
+    rng = np.random.default_rng(0)
+    tree = lambda: MetaParams(
+        {"a": jnp.asarray(rng.normal(size=(3, 2, 2))), "b": jnp.asarray(rng.normal(size=(3, 5)))},
+        {"lr": jnp.asarray(rng.normal(size=(3, 4)))},
+    )
+    gradients, points = tree(), tree()
+    turned, downhill = analysis.drift(gradients, points)
+    g, p = (np.stack([flat(row(t, i)) for i in range(3)]) for t in (gradients, points))
+    cos = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    np.testing.assert_allclose(turned, [cos(g[i + 1], g[i]) for i in range(2)], rtol=1e-12)
+    np.testing.assert_allclose(downhill, [cos(p[i] - p[i + 1], g[i]) for i in range(2)], rtol=1e-12)
