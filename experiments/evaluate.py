@@ -12,12 +12,13 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, runs, scoring, store
+from experiments import cli, runs, scoring, source, store
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "Folder of the run.")
 flags.DEFINE_integer("episodes", scoring.TEST_EPISODES, "Test episodes.")
 flags.DEFINE_integer("test_seed", scoring.TEST_SEED, "Seed of the episodes.")
+source.define_stream()
 flags.DEFINE_string("output", None, "Folder to write to. Default: RUN/evaluation.")
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput(f"--episodes={FLAGS.episodes} must be 1 or more.")
     folder = Path(FLAGS.run)
     runs.check_seed("test_seed", FLAGS.test_seed)
-    made = runs.setup(store.read_config(folder), say=print)
+    made = runs.setup(store.read_config(folder), say=print, stream=FLAGS.stream)
     store.check_digests(folder, made)
     saved = store.restore(made, folder)
     if not int(saved.best_step):

@@ -5,6 +5,7 @@ All entry points share this; it holds no flags.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from experiments import spec, vocabulary
 from experiments.cli import BadInput
 from experiments.progress import Watch
 from mgaug_jax import data, episodes, losses, meta
-from mgaug_jax.data import sinusoid
+from mgaug_jax.data import sinusoid, streaming
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
 TEST_QUERIES = 15
@@ -34,6 +35,8 @@ SCHEDULES = {
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
 }
 SINUSOID = "sinusoid"
+SHARE = 0.25
+"""Of the device's memory, which images may take before they stay on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Setup(NamedTuple):
       trainer: Its trainer.
       sample: `(key, train) -> tasks`, the meta-batches of training.
       episode: `(key, split) -> task` in a batch of one, as validation and test draw it.
-      splits: "train", "val", "test" -> data.
+      splits: "train", "val", "test" -> data; images on the device, or `streaming.Stored`.
       problem: What the data ask of a method.
       digests: Split -> hash of its classes and pixels.
       metric: "accuracy", or "mse" for regression.
@@ -102,8 +105,13 @@ class Setup(NamedTuple):
     permuted: Callable[[Array, Task], Task] | None
 
 
-def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Setup:
+def setup(
+    config: Config, say: Callable[[str], None] = lambda text: None, stream: str = "no"
+) -> Setup:
     """Loads the data and builds the method, refusing what cannot work before anything compiles.
+
+    With `stream` "yes" images stay on disk, with "auto" if they are larger than `SHARE` of the
+    memory; what is computed is the same.
 
     Raises:
       BadInput: Any value that makes no sense, alone or together.
@@ -123,8 +131,9 @@ def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Set
         if getattr(config, name) not in known:
             raise BadInput(f"--{name}={getattr(config, name)} is none of {', '.join(known)}.")
     try:
-        build = _regression if config.data == SINUSOID else _classification
-        return _traced(build(config, say))
+        if config.data == SINUSOID:
+            return _traced(_regression(config))
+        return _traced(_classification(config, say, stream))
     except BadInput:
         raise
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
@@ -148,12 +157,14 @@ def with_method(made: Setup, text: str) -> Setup:
 def _traced(made: Setup) -> Setup:
     """The setup, after one abstract step, which finds what only shows when the parts meet."""
     state = jax.eval_shape(made.trainer.init, jax.random.key(0))
-    tasks = jax.eval_shape(made.sample, jax.random.key(0), made.splits["train"])
+    train = made.splits["train"]
+    data = streaming.shapes(train) if isinstance(train, streaming.Stored) else train
+    tasks = jax.eval_shape(made.sample, jax.random.key(0), data)
     jax.eval_shape(made.trainer.step, jax.random.key(0), state, tasks)
     return made
 
 
-def _classification(config: Config, say) -> Setup:
+def _classification(config: Config, say, stream: str) -> Setup:
     names = ("train", "val", "test")
     sample = episodes.sampler(
         config.way, config.shot, config.queries, config.tasks, LABELS[config.labels]
@@ -164,9 +175,12 @@ def _classification(config: Config, say) -> Setup:
         "size": config.image_size,
         "skip_bad_images": config.skip_bad_images,
     }
-    splits = {name: data.load(config.data, name, progress=Watch(say), **options) for name in names}
+    stored = {
+        name: data.on_disk(config.data, name, progress=Watch(say), **options) for name in names
+    }
     if config.rotations:
-        splits["train"] = episodes.with_rotations(splits["train"])
+        stored["train"] = streaming.turned(stored["train"])
+    splits = placed(stored, stream, say)
     shot = config.test_shot or config.shot
     episodes.check(splits["train"], config.way, config.shot, config.queries, "the train split")
     for name in ("val", "test"):
@@ -207,8 +221,27 @@ def for_images(config: Config, shape: tuple[int, ...], mean: Array, std: Array) 
     )
 
 
-def _regression(config: Config, say) -> Setup:
-    del say
+def placed(stored: dict[str, streaming.Stored], stream: str, say) -> dict[str, Any]:
+    """The splits on the device, or as they are, on disk; see `setup`."""
+    size, memory = sum(map(streaming.nbytes, stored.values())), device_memory()
+    if stream == "yes" or (stream == "auto" and memory and size > SHARE * memory):
+        say(f"the images, {size / 1e9:.2g} GB, stay on disk")
+        return dict(stored)
+    return {name: streaming.on_device(images) for name, images in stored.items()}
+
+
+def device_memory() -> int | None:
+    """Bytes of the device's memory, for a CPU the machine's; None if it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
+def _regression(config: Config) -> Setup:
     splits: dict[str, Any] = {"train": None, "val": None, "test": None}
     shot, queries = config.test_shot or config.shot, config.test_queries or 100
     if config.test_labels != "exclusive":

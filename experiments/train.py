@@ -31,9 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, scoring, store
+from experiments import cli, plots, problem, runs, scoring, source, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
+from mgaug_jax.data import streaming
 
 CHUNK = 25
 """Most meta-steps between two looks at signals and numbers."""
@@ -50,6 +51,7 @@ flags.DEFINE_string("out", None, "Run folder. Default: a new one under runs/, na
 flags.DEFINE_integer(
     "skip_nonfinite", 0, "So many updates that are not finite are left out before the run ends."
 )
+source.define_stream()
 flags.DEFINE_bool("resume", False, "Continue the run in --out from its last checkpoint.")
 flags.DEFINE_bool(
     "requeue", False, "Continue the run in --out if there is one, else begin it: for job queues."
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     if FLAGS.skip_nonfinite < 0:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
-    made = runs.setup(config, say=print)
+    made = runs.setup(config, say=print, stream=FLAGS.stream)
     resume = FLAGS.resume or (
         FLAGS.requeue and FLAGS.out is not None and (Path(FLAGS.out) / "config.json").exists()
     )
@@ -148,20 +150,21 @@ def train(
     """
     config = made.config
     _, k_train = runs.keys(config.seed)
-    advance = jax.jit(
-        partial(meta.advance, made.trainer, made.sample, capacity=CHUNK), donate_argnums=1
-    )
+    sample = streaming.either(made.sample)
+    advance = jax.jit(partial(meta.advance, made.trainer, sample, capacity=CHUNK), donate_argnums=1)
     state = jax.tree.map(jnp.array, saved.state)  # a copy: the first is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
     size, failures, on_disk = 1, 0, done
-    with store.Records(folder, done) as records:
+    feed = streaming.feed(made.sample, made.splits["train"], k_train, config.steps, CHUNK)
+    with store.Records(folder, done) as records, feed as at:
         while done < config.steps and not stop.requested:
             to_evaluation = config.eval_every - done % config.eval_every
-            count = min(size, to_evaluation, config.steps - done)
+            data, end = at(done)
+            count = int(min(size, to_evaluation, config.steps - done, end - done))
             before = time.monotonic()
             left = max(skip - int(saved.skipped), 0)
-            state, info, filled = advance(k_train, state, made.splits["train"], count, skip=left)
+            state, info, filled = advance(k_train, state, data, count, skip=left)
             rows = range(int(filled))
             size = chunk_size((time.monotonic() - before) / len(rows))
             info = jax.device_get(info)

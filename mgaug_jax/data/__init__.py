@@ -3,6 +3,8 @@
     images = load("glyphs", "train")
     images = load("omniglot", "test", data_dir="/data/omniglot")
 
+`on_disk` leaves them in the cache, for `mgaug_jax.data.streaming`.
+
 A data set is a `Dataset` in `DATASETS`: `glyphs` is drawn, the others are read from the official
 files in `data_dir`, which may be an archive, and `folder` is of your own images. Regression tasks
 need no data: see `mgaug_jax.data.sinusoid`.
@@ -19,6 +21,7 @@ from mgaug_jax.checks import check_count
 from mgaug_jax.data import cifar, cub, dclaw, files, glyphs, mini_imagenet, omniglot, sinusoid
 from mgaug_jax.data.cache import Entry, cached
 from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options, Progress
+from mgaug_jax.data.streaming import Stored, on_device
 from mgaug_jax.episodes import Images
 
 DATASETS: dict[str, Dataset] = {
@@ -98,11 +101,36 @@ def load(
       ValueError: Unknown name or split, an option that the data set has not, a source that does
         not hold the data set, or a cache that cannot be written.
     """
+    return on_device(
+        on_disk(
+            name,
+            split,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            splits=splits,
+            size=size,
+            skip_bad_images=skip_bad_images,
+            progress=progress,
+        )
+    )
+
+
+def on_disk(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    splits: Splits | None = None,
+    size: int | None = None,
+    skip_bad_images: int = 0,
+    progress: Progress = _silent,
+) -> Stored:
+    """The images of a split, mapped from the cache, for `mgaug_jax.data.streaming`; see `load`."""
     options = _options(splits, size, skip_bad_images)
     entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
-    return Images(
-        # A copy: an array that shared the mapped file's memory would change with the file.
-        jnp.array(np.load(entry.pixels, mmap_mode="r")),
+    return Stored(
+        np.load(entry.pixels, mmap_mode="r"),
         jnp.array(entry.manifest["counts"], jnp.int32),
         jnp.array(dataset.mean, jnp.float32),
         jnp.array(dataset.std, jnp.float32),
@@ -172,5 +200,6 @@ __all__ = [
     "Options",
     "describe",
     "load",
+    "on_disk",
     "sinusoid",
 ]
