@@ -181,19 +181,55 @@ def _classification(config: Config, say, stream: str) -> Setup:
     if config.rotations:
         stored["train"] = streaming.turned(stored["train"])
     splits = placed(stored, stream, say)
-    shot = config.test_shot or config.shot
     episodes.check(splits["train"], config.way, config.shot, config.queries, "the train split")
-    for name in ("val", "test"):
-        episodes.check(
-            splits[name], config.way, shot, config.test_queries or 1, f"the {name} split"
-        )
+    episode = _episode(config, {name: splits[name] for name in ("val", "test")})
     digests = {name: data.describe(config.data, name, **options).digest for name in names}
-    fewest = min(int(splits[name].counts.min()) for name in ("val", "test"))
-    queries = config.test_queries or min(TEST_QUERIES, fewest - shot)
-    episode = episodes.sampler(config.way, shot, queries, 1, TEST_LABELS[config.test_labels])
     train = splits["train"]
     made = for_images(config, train.pixels.shape[2:], train.mean, train.std)
     return made._replace(sample=sample, episode=episode, splits=splits, digests=digests)
+
+
+def _episode(config: Config, splits: dict[str, Any]) -> Callable[[Array, Any], Task]:
+    """The sampler of tests, which these splits must be able to serve."""
+    shot = config.test_shot or config.shot
+    for name, images in splits.items():
+        episodes.check(images, config.way, shot, config.test_queries or 1, f"the {name} split")
+    fewest = min(int(images.counts.min()) for images in splits.values())
+    queries = config.test_queries or min(TEST_QUERIES, fewest - shot)
+    return episodes.sampler(config.way, shot, queries, 1, TEST_LABELS[config.test_labels])
+
+
+def on_other(config: Config, name: str, options: dict[str, Any], say, stream: str) -> Setup:
+    """The method of a run with the test split of another data set, its images resized, coloured and
+    normalised as the run's own, of which none are read.
+
+    Args:
+      config: Of the run.
+      name: Of the other data set.
+      options: Of `data.on_disk`, but `size`, which is the run's.
+      say: Is told what is done.
+      stream: As in `setup`.
+
+    Raises:
+      BadInput: It cannot be.
+    """
+    if SINUSOID in (config.data, name):
+        raise BadInput(f"a run on {config.data} cannot be tested on {name}: one has no images.")
+    options = options | {"size": config.image_size, "like": config.data}
+    try:
+        stored = data.on_disk(name, "test", progress=Watch(say), **options)
+        episode = _episode(config, {"test": stored})
+        digest = data.describe(name, "test", **options).digest
+        made = for_images(config, stored.pixels.shape[2:], stored.mean, stored.std)
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+    return made._replace(
+        config=dataclasses.replace(config, data=name),
+        episode=episode,
+        splits=placed({"test": stored}, stream, say),
+        digests={"test": digest},
+        permuted=None,
+    )
 
 
 def for_images(config: Config, shape: tuple[int, ...], mean: Array, std: Array) -> Setup:

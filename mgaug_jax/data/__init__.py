@@ -124,10 +124,15 @@ def on_disk(
     splits: Splits | None = None,
     size: int | None = None,
     skip_bad_images: int = 0,
+    like: str | None = None,
     progress: Progress = _silent,
 ) -> Stored:
-    """The images of a split, mapped from the cache, for `mgaug_jax.data.streaming`; see `load`."""
-    options = _options(splits, size, skip_bad_images)
+    """The images of a split, mapped from the cache, for `mgaug_jax.data.streaming`; see `load`.
+
+    With `like` they are decoded and normalised as those of that data set (at `size`), so that what
+    was trained on it can be tested on them.
+    """
+    options = _options(splits, size, skip_bad_images, like)
     entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
     return Stored(
         np.load(entry.pixels, mmap_mode="r"),
@@ -146,10 +151,11 @@ def describe(
     splits: Splits | None = None,
     size: int | None = None,
     skip_bad_images: int = 0,
+    like: str | None = None,
     progress: Progress = _silent,
 ) -> Manifest:
-    """Classes and identity of a split, from the cache, which is built if need be; see `load`."""
-    options = _options(splits, size, skip_bad_images)
+    """Classes and identity of a split, from the cache, which is built if need be; see `on_disk`."""
+    options = _options(splits, size, skip_bad_images, like)
     entry, _ = _entry(name, split, data_dir, cache_dir, options, progress)
     about = entry.manifest
     return Manifest(
@@ -162,23 +168,47 @@ def describe(
     )
 
 
-def _options(splits: Splits | None, size: int | None, skip_bad_images: int) -> Options:
+def _options(
+    splits: Splits | None, size: int | None, skip_bad_images: int, like: str | None = None
+) -> Options:
     if size is not None:
         check_count("size", size)
         if size > LARGEST:
             raise ValueError(f"size={size} was asked for; take {LARGEST} or less.")
     check_count("skip_bad_images", skip_bad_images, 0)
-    return Options(None if splits is None else files.read_splits(splits), size, skip_bad_images)
+    splits = None if splits is None else files.read_splits(splits)
+    if like is None:
+        return Options(splits, size, skip_bad_images)
+    other = _known(like)
+    if size is not None and other.adapt is not None:
+        other = other.adapt(Options(size=size))
+    return Options(splits, None, skip_bad_images, other)
+
+
+def _known(name: str) -> Dataset:
+    if name not in DATASETS:
+        raise ValueError(
+            f"The data set {name!r} was asked for, but is not known; take one of "
+            f"{', '.join(DATASETS)}."
+        )
+    return DATASETS[name]
 
 
 def _entry(name, split, data_dir, cache_dir, options, progress) -> tuple[Entry, Dataset]:
-    for what, value, known in (("data set", name, DATASETS), ("split", split, SPLITS)):
-        if value not in known:
+    dataset = _known(name)
+    if split not in SPLITS:
+        raise ValueError(
+            f"The split {split!r} was asked for, but is not known; take one of {', '.join(SPLITS)}."
+        )
+    if dataset.adapt is None and (like := options.like) is not None:
+        look = lambda data: (data.parameters["size"], data.mean, data.std)
+        if look(dataset) != look(like):
             raise ValueError(
-                f"The {what} {value!r} was asked for, but is not known; take one of "
-                f"{', '.join(known)}."
+                f"{name} was asked for as images of {like.parameters['size']} pixels and "
+                f"{len(like.mean)} channels, but its own are of {dataset.parameters['size']} and "
+                f"{len(dataset.mean)}, and it is not read from files; take another data set."
             )
-    dataset = DATASETS[name]
+        options = options._replace(like=None)
     if options != Options():
         if dataset.adapt is None:
             raise ValueError(
