@@ -11,6 +11,7 @@ a streamed run sees what the other one sees, and nothing need be remembered to g
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,6 +118,18 @@ def shapes(stored: Stored) -> Images:
     )
 
 
+@functools.lru_cache(16)
+def _drawer(sample: Sample):
+    """Compiled once for a sampler, though every validation gathers anew."""
+
+    @jax.jit
+    def draw(key: Array, numbers: Array, images: Images) -> tuple[Array, Task]:
+        keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n))[0])(numbers)
+        return jax.random.key_data(keys), jax.vmap(sample, (0, None))(keys, images)
+
+    return draw
+
+
 def gatherer(
     sample: Sample, stored: Stored, part: slice = slice(None)
 ) -> Callable[[Array, np.ndarray], Gathered]:
@@ -133,12 +146,7 @@ def gatherer(
     except RuntimeError:
         device = jax.local_devices()[0]
 
-    @jax.jit
-    def draw(key: Array, numbers: Array, images: Images) -> tuple[Array, Task]:
-        keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n))[0])(numbers)
-        return jax.random.key_data(keys), jax.vmap(sample, (0, None))(keys, images)
-
-    images = jax.device_put(places(stored), device)
+    draw, images = _drawer(sample), jax.device_put(places(stored), device)
 
     def gather(key: Array, numbers: np.ndarray) -> Gathered:
         with jax.default_device(device):
