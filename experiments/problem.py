@@ -14,7 +14,13 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "net", None, "Spec of the network: conv4(width=64), resnet10, mlp. Default: by the data."
 )
-flags.DEFINE_string("data", "glyphs", f"Data set: {', '.join(DATASETS)} or sinusoid.")
+# Without a default value, since experiments.evaluate has a flag of this name that means more.
+flags.DEFINE_string(
+    "data",
+    None,
+    f"Data set: {', '.join(DATASETS)} or sinusoid. Default: glyphs.",
+    allow_override=True,
+)
 flags.adopt_module_key_flags(source)
 flags.DEFINE_string(
     "labels",
@@ -68,4 +74,5 @@ def adopt_protocol() -> None:
 def config(method: str, seed: int, eval_every: int) -> runs.Config:
     """The configuration that the flags and these say."""
     values = {name: FLAGS[name].value for name in NAMES}
+    values["data"] = values["data"] or "glyphs"
     return runs.Config(method=method, seed=seed, eval_every=eval_every, **values)

@@ -5,6 +5,7 @@ All entry points share this; it holds no flags.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from experiments import spec, vocabulary
 from experiments.cli import BadInput
 from experiments.progress import Watch
 from mgaug_jax import data, episodes, losses, meta, sharding
-from mgaug_jax.data import sinusoid
+from mgaug_jax.data import sinusoid, streaming
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
 TEST_QUERIES = 15
@@ -35,6 +36,8 @@ SCHEDULES = {
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
 }
 SINUSOID = "sinusoid"
+SHARE = 0.25
+"""Of the device's memory, which images may take before they stay on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Setup(NamedTuple):
       trainer: Its trainer.
       sample: `(key, train) -> tasks`, the meta-batches of training.
       episode: `(key, split) -> task` in a batch of one, as validation and test draw it.
-      splits: "train", "val", "test" -> data.
+      splits: "train", "val", "test" -> data; images on the device, or `streaming.Stored`.
       problem: What the data ask of a method.
       digests: Split -> hash of its classes and pixels.
       metric: "accuracy", or "mse" for regression.
@@ -105,8 +108,13 @@ class Setup(NamedTuple):
     mesh: Mesh | None = None
 
 
-def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Setup:
+def setup(
+    config: Config, say: Callable[[str], None] = lambda text: None, stream: str = "no"
+) -> Setup:
     """Loads the data and builds the method, refusing what cannot work before anything compiles.
+
+    With `stream` "yes" images stay on disk, with "auto" if they are larger than `SHARE` of the
+    memory; what is computed is the same.
 
     Raises:
       BadInput: Any value that makes no sense, alone or together.
@@ -126,8 +134,9 @@ def setup(config: Config, say: Callable[[str], None] = lambda text: None) -> Set
         if getattr(config, name) not in known:
             raise BadInput(f"--{name}={getattr(config, name)} is none of {', '.join(known)}.")
     try:
-        build = _regression if config.data == SINUSOID else _classification
-        return _traced(build(config, say))
+        if config.data == SINUSOID:
+            return _traced(_regression(config))
+        return _traced(_classification(config, say, stream))
     except BadInput:
         raise
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
@@ -167,7 +176,11 @@ def on_devices(made: Setup, mesh: Mesh | None, at_once: int | None = None) -> Se
 
     at, tested = lambda step: spread(made.method(step)), spread(made.tested)
     other = made._replace(method=at, tested=tested, trainer=trainer(made.config, at), mesh=mesh)
-    return other._replace(splits={name: put(other, data) for name, data in made.splits.items()})
+    placed = {
+        name: split if isinstance(split, streaming.Stored) else put(other, split)
+        for name, split in made.splits.items()
+    }
+    return other._replace(splits=placed)
 
 
 def put(made: Setup, tree: Any) -> Any:
@@ -185,12 +198,14 @@ def compiled(made: Setup, f: Callable, **options: Any) -> Callable:
 def _traced(made: Setup) -> Setup:
     """The setup, after one abstract step, which finds what only shows when the parts meet."""
     state = jax.eval_shape(made.trainer.init, jax.random.key(0))
-    tasks = jax.eval_shape(made.sample, jax.random.key(0), made.splits["train"])
+    train = made.splits["train"]
+    data = streaming.shapes(train) if isinstance(train, streaming.Stored) else train
+    tasks = jax.eval_shape(made.sample, jax.random.key(0), data)
     jax.eval_shape(made.trainer.step, jax.random.key(0), state, tasks)
     return made
 
 
-def _classification(config: Config, say) -> Setup:
+def _classification(config: Config, say, stream: str) -> Setup:
     names = ("train", "val", "test")
     sample = episodes.sampler(
         config.way, config.shot, config.queries, config.tasks, LABELS[config.labels]
@@ -201,22 +216,61 @@ def _classification(config: Config, say) -> Setup:
         "size": config.image_size,
         "skip_bad_images": config.skip_bad_images,
     }
-    splits = {name: data.load(config.data, name, progress=Watch(say), **options) for name in names}
+    stored = {
+        name: data.on_disk(config.data, name, progress=Watch(say), **options) for name in names
+    }
     if config.rotations:
-        splits["train"] = episodes.with_rotations(splits["train"])
-    shot = config.test_shot or config.shot
+        stored["train"] = streaming.turned(stored["train"])
+    splits = placed(stored, stream, say)
     episodes.check(splits["train"], config.way, config.shot, config.queries, "the train split")
-    for name in ("val", "test"):
-        episodes.check(
-            splits[name], config.way, shot, config.test_queries or 1, f"the {name} split"
-        )
+    episode = _episode(config, {name: splits[name] for name in ("val", "test")})
     digests = {name: data.describe(config.data, name, **options).digest for name in names}
-    fewest = min(int(splits[name].counts.min()) for name in ("val", "test"))
-    queries = config.test_queries or min(TEST_QUERIES, fewest - shot)
-    episode = episodes.sampler(config.way, shot, queries, 1, TEST_LABELS[config.test_labels])
     train = splits["train"]
     made = for_images(config, train.pixels.shape[2:], train.mean, train.std)
     return made._replace(sample=sample, episode=episode, splits=splits, digests=digests)
+
+
+def _episode(config: Config, splits: dict[str, Any]) -> Callable[[Array, Any], Task]:
+    """The sampler of tests, which these splits must be able to serve."""
+    shot = config.test_shot or config.shot
+    for name, images in splits.items():
+        episodes.check(images, config.way, shot, config.test_queries or 1, f"the {name} split")
+    fewest = min(int(images.counts.min()) for images in splits.values())
+    queries = config.test_queries or min(TEST_QUERIES, fewest - shot)
+    return episodes.sampler(config.way, shot, queries, 1, TEST_LABELS[config.test_labels])
+
+
+def on_other(config: Config, name: str, options: dict[str, Any], say, stream: str) -> Setup:
+    """The method of a run with the test split of another data set, its images resized, coloured and
+    normalised as the run's own, of which none are read.
+
+    Args:
+      config: Of the run.
+      name: Of the other data set.
+      options: Of `data.on_disk`, but `size`, which is the run's.
+      say: Is told what is done.
+      stream: As in `setup`.
+
+    Raises:
+      BadInput: It cannot be.
+    """
+    if SINUSOID in (config.data, name):
+        raise BadInput(f"a run on {config.data} cannot be tested on {name}: one has no images.")
+    options = options | {"size": config.image_size, "like": config.data}
+    try:
+        stored = data.on_disk(name, "test", progress=Watch(say), **options)
+        episode = _episode(config, {"test": stored})
+        digest = data.describe(name, "test", **options).digest
+        made = for_images(config, stored.pixels.shape[2:], stored.mean, stored.std)
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+    return made._replace(
+        config=dataclasses.replace(config, data=name),
+        episode=episode,
+        splits=placed({"test": stored}, stream, say),
+        digests={"test": digest},
+        permuted=None,
+    )
 
 
 def for_images(config: Config, shape: tuple[int, ...], mean: Array, std: Array) -> Setup:
@@ -244,8 +298,27 @@ def for_images(config: Config, shape: tuple[int, ...], mean: Array, std: Array) 
     )
 
 
-def _regression(config: Config, say) -> Setup:
-    del say
+def placed(stored: dict[str, streaming.Stored], stream: str, say) -> dict[str, Any]:
+    """The splits on the device, or as they are, on disk; see `setup`."""
+    size, memory = sum(map(streaming.nbytes, stored.values())), device_memory()
+    if stream == "yes" or (stream == "auto" and memory and size > SHARE * memory):
+        say(f"the images, {size / 1e9:.2g} GB, stay on disk")
+        return dict(stored)
+    return {name: streaming.on_device(images) for name, images in stored.items()}
+
+
+def device_memory() -> int | None:
+    """Bytes of the device's memory, for a CPU the machine's; None if it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
+def _regression(config: Config) -> Setup:
     splits: dict[str, Any] = {"train": None, "val": None, "test": None}
     shot, queries = config.test_shot or config.shot, config.test_queries or 100
     if config.test_labels != "exclusive":

@@ -17,6 +17,7 @@ from experiments import runs
 from experiments.progress import Progress
 from experiments.runs import Setup
 from mgaug_jax import losses, methods, nets
+from mgaug_jax.data import streaming
 from mgaug_jax.evaluation import Scores, evaluate, interval
 from mgaug_jax.types import Array, MetaParams, Method, Task
 
@@ -43,23 +44,25 @@ def drawn(sample, keys: Array, data: Any) -> Task:
 
 def evaluator(made: Setup, method: Method | None = None, sample=None):
     """A compiled `(params, split data, seed, number of episodes, label) -> Scores` in NumPy."""
-    method = method or made.tested
+    method, draw = method or made.tested, sample or made.episode
 
-    def score(key: Array, params: MetaParams, split: Any, numbers: Array) -> Scores:
-        draw = sample or made.episode
-        return evaluate(method, key, params, draw, split, numbers, score_of(made.metric))
+    def score(key: Array, params: MetaParams, data: Any, numbers: Array) -> Scores:
+        drawn = streaming.either(draw)
+        return evaluate(method, key, params, drawn, data, numbers, score_of(made.metric))
 
     compiled = runs.compiled(made, score)
 
     def scores(params, split, seed: int, count: int, label: str = "") -> Scores:
-        progress = Progress(label, count)
-        chunk = min(count, EPISODES_AT_ONCE)
-        parts = []
-        for first in range(0, count, chunk):
-            numbers = runs.put(made, np.arange(first, first + chunk))
-            key = runs.put(made, episode_key(seed))
-            parts.append(jax.device_get(compiled(key, params, split, numbers)))
-            progress.at(min(first + chunk, count))
+        progress, key = Progress(label, count), episode_key(seed)
+        chunk, first, parts = min(count, EPISODES_AT_ONCE), 0, []
+        with streaming.feed(draw, split, key, count, chunk) as at:
+            while first < count:
+                data, end = at(first)
+                numbers = np.arange(first, min(first + chunk, end))
+                given = runs.put(made, (key, data, numbers))
+                parts.append(jax.device_get(compiled(given[0], params, *given[1:])))
+                first += len(numbers)
+                progress.at(min(first, count))
         progress.close()
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
         return Scores(*joined)
@@ -146,9 +149,11 @@ def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray]]:
 
 def episode_identity(made: Setup, count: int, seed: int) -> dict[str, Any]:
     """What must be equal for two runs to have been tested on the same episodes."""
-    config = made.config
-    first = jax.random.split(jax.random.fold_in(episode_key(seed), 0))[0]
-    drawn = runs.compiled(made, made.episode)(runs.put(made, first), made.splits["test"])
+    config, key = made.config, episode_key(seed)
+    with streaming.feed(made.episode, made.splits["test"], key, 1, 1) as at:
+        k_first = jax.random.split(jax.random.fold_in(key, 0))[0]
+        draw = runs.compiled(made, streaming.either(made.episode))
+        drawn = draw(*runs.put(made, (k_first, at(0)[0])))
     return {
         "data": config.data,
         "split": made.digests.get("test"),

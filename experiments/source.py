@@ -13,6 +13,20 @@ flags.DEFINE_integer("image_size", None, "Height and width of the images. Defaul
 flags.DEFINE_integer(
     "skip_bad_images", 0, "So many images of a split may be unreadable; they are left out."
 )
+STREAM = "auto", "yes", "no"
+
+
+def define_stream() -> None:
+    """Defines `--stream`, for entry points that can leave images on disk."""
+    flags.DEFINE_enum(
+        "stream",
+        "auto",
+        STREAM,
+        "Whether images stay on disk, and tasks are gathered ahead of training, instead of lying "
+        "on the device: yes, no, or auto (if they are larger than a quarter of its memory). What "
+        "is computed is the same.",
+        allow_override=True,
+    )
 
 
 def options() -> dict[str, Any]:

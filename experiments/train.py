@@ -32,9 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, devices, plots, problem, runs, scoring, store
+from experiments import cli, devices, plots, problem, runs, scoring, source, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, meta
+from mgaug_jax.data import streaming
 
 CHUNK = 25
 """Most meta-steps between two looks at signals and numbers."""
@@ -52,6 +53,7 @@ flags.DEFINE_string("out", None, "Run folder. Default: a new one under runs/, na
 flags.DEFINE_integer(
     "skip_nonfinite", 0, "So many updates that are not finite are left out before the run ends."
 )
+source.define_stream()
 flags.DEFINE_bool("resume", False, "Continue the run in --out from its last checkpoint.")
 flags.DEFINE_bool(
     "requeue", False, "Continue the run in --out if there is one, else begin it: for job queues."
@@ -70,7 +72,7 @@ def _main(held: ExitStack) -> int:
     if FLAGS.skip_nonfinite < 0:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
-    made = devices.place(runs.setup(config, say=print))
+    made = devices.place(runs.setup(config, say=print, stream=FLAGS.stream))
     folder = Path(FLAGS.out or "runs")
 
     def claimed() -> Path:
@@ -162,8 +164,10 @@ def train(
       Failed: The state cannot be saved.
     """
     config = made.config
-    k_train = runs.put(made, runs.keys(config.seed)[1])
-    chunk = partial(meta.advance, made.trainer, made.sample, capacity=CHUNK)
+    key = runs.keys(config.seed)[1]
+    k_train = runs.put(made, key)
+    sample = streaming.either(made.sample)
+    chunk = partial(meta.advance, made.trainer, sample, capacity=CHUNK)
     advance = runs.compiled(made, chunk, donate_argnums=1)
     done = int(saved.state.step)
     state = runs.put(made, jax.tree.map(jnp.array, saved.state))  # a copy: it is given away
@@ -171,13 +175,15 @@ def train(
     print(f"compiling; then {config.steps - done} steps", flush=True)
     failures, on_disk = 0, done
     stopping, size = devices.agree(stop.requested, 1)
-    with store.Records(folder if devices.first() else None, done) as records:
+    feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK)
+    with store.Records(folder if devices.first() else None, done) as records, feed as at:
         while done < config.steps and not stopping:
             to_evaluation = config.eval_every - done % config.eval_every
-            count = min(size, to_evaluation, config.steps - done)
+            data, end = at(done)
+            count = int(min(size, to_evaluation, config.steps - done, end - done))
             before = time.monotonic()
             left = max(skip - int(saved.skipped), 0)
-            state, info, filled = advance(k_train, state, made.splits["train"], count, skip=left)
+            state, info, filled = advance(k_train, state, runs.put(made, data), count, skip=left)
             rows = range(int(filled))
             size = chunk_size((time.monotonic() - before) / len(rows))
             info = jax.device_get(info)

@@ -91,6 +91,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     """`tree`, the same on every host, as arrays that lie on every device of `mesh`."""
 
     def put(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding == replicated(mesh):
+            return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = put(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

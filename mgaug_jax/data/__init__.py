@@ -3,6 +3,8 @@
     images = load("glyphs", "train")
     images = load("omniglot", "test", data_dir="/data/omniglot")
 
+`on_disk` leaves them in the cache, for `mgaug_jax.data.streaming`.
+
 A data set is a `Dataset` in `DATASETS`: `glyphs` is drawn, the others are read from the official
 files in `data_dir`, which may be an archive, and `folder` is of your own images. Regression tasks
 need no data: see `mgaug_jax.data.sinusoid`.
@@ -19,6 +21,7 @@ from mgaug_jax.checks import check_count
 from mgaug_jax.data import cifar, cub, dclaw, files, glyphs, mini_imagenet, omniglot, sinusoid
 from mgaug_jax.data.cache import Entry, cached
 from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options, Progress
+from mgaug_jax.data.streaming import Stored, on_device
 from mgaug_jax.episodes import Images
 
 DATASETS: dict[str, Dataset] = {
@@ -98,11 +101,41 @@ def load(
       ValueError: Unknown name or split, an option that the data set has not, a source that does
         not hold the data set, or a cache that cannot be written.
     """
-    options = _options(splits, size, skip_bad_images)
+    return on_device(
+        on_disk(
+            name,
+            split,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            splits=splits,
+            size=size,
+            skip_bad_images=skip_bad_images,
+            progress=progress,
+        )
+    )
+
+
+def on_disk(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    splits: Splits | None = None,
+    size: int | None = None,
+    skip_bad_images: int = 0,
+    like: str | None = None,
+    progress: Progress = _silent,
+) -> Stored:
+    """The images of a split, mapped from the cache, for `mgaug_jax.data.streaming`; see `load`.
+
+    With `like` they are decoded and normalised as those of that data set (at `size`), so that what
+    was trained on it can be tested on them.
+    """
+    options = _options(splits, size, skip_bad_images, like)
     entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
-    return Images(
-        # A copy: an array that shared the mapped file's memory would change with the file.
-        jnp.array(np.load(entry.pixels, mmap_mode="r")),
+    return Stored(
+        np.load(entry.pixels, mmap_mode="r"),
         jnp.array(entry.manifest["counts"], jnp.int32),
         jnp.array(dataset.mean, jnp.float32),
         jnp.array(dataset.std, jnp.float32),
@@ -118,10 +151,11 @@ def describe(
     splits: Splits | None = None,
     size: int | None = None,
     skip_bad_images: int = 0,
+    like: str | None = None,
     progress: Progress = _silent,
 ) -> Manifest:
-    """Classes and identity of a split, from the cache, which is built if need be; see `load`."""
-    options = _options(splits, size, skip_bad_images)
+    """Classes and identity of a split, from the cache, which is built if need be; see `on_disk`."""
+    options = _options(splits, size, skip_bad_images, like)
     entry, _ = _entry(name, split, data_dir, cache_dir, options, progress)
     about = entry.manifest
     return Manifest(
@@ -134,23 +168,47 @@ def describe(
     )
 
 
-def _options(splits: Splits | None, size: int | None, skip_bad_images: int) -> Options:
+def _options(
+    splits: Splits | None, size: int | None, skip_bad_images: int, like: str | None = None
+) -> Options:
     if size is not None:
         check_count("size", size)
         if size > LARGEST:
             raise ValueError(f"size={size} was asked for; take {LARGEST} or less.")
     check_count("skip_bad_images", skip_bad_images, 0)
-    return Options(None if splits is None else files.read_splits(splits), size, skip_bad_images)
+    splits = None if splits is None else files.read_splits(splits)
+    if like is None:
+        return Options(splits, size, skip_bad_images)
+    other = _known(like)
+    if size is not None and other.adapt is not None:
+        other = other.adapt(Options(size=size))
+    return Options(splits, None, skip_bad_images, other)
+
+
+def _known(name: str) -> Dataset:
+    if name not in DATASETS:
+        raise ValueError(
+            f"The data set {name!r} was asked for, but is not known; take one of "
+            f"{', '.join(DATASETS)}."
+        )
+    return DATASETS[name]
 
 
 def _entry(name, split, data_dir, cache_dir, options, progress) -> tuple[Entry, Dataset]:
-    for what, value, known in (("data set", name, DATASETS), ("split", split, SPLITS)):
-        if value not in known:
+    dataset = _known(name)
+    if split not in SPLITS:
+        raise ValueError(
+            f"The split {split!r} was asked for, but is not known; take one of {', '.join(SPLITS)}."
+        )
+    if dataset.adapt is None and (like := options.like) is not None:
+        look = lambda data: (data.parameters["size"], data.mean, data.std)
+        if look(dataset) != look(like):
             raise ValueError(
-                f"The {what} {value!r} was asked for, but is not known; take one of "
-                f"{', '.join(known)}."
+                f"{name} was asked for as images of {like.parameters['size']} pixels and "
+                f"{len(like.mean)} channels, but its own are of {dataset.parameters['size']} and "
+                f"{len(dataset.mean)}, and it is not read from files; take another data set."
             )
-    dataset = DATASETS[name]
+        options = options._replace(like=None)
     if options != Options():
         if dataset.adapt is None:
             raise ValueError(
@@ -172,5 +230,6 @@ __all__ = [
     "Options",
     "describe",
     "load",
+    "on_disk",
     "sinusoid",
 ]

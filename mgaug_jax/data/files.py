@@ -93,6 +93,16 @@ def from_files(files: Files) -> Dataset:
             roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
             roots = dict.fromkeys(SPLITS, roots)
             other = other._replace(splits=options.splits, official=False, roots=roots)
+        if (like := options.like) is not None:
+            assert like.decode is not None  # of every data set that is read from files, or drawn
+            decode = like.decode
+            other = other._replace(
+                size=like.parameters["size"],
+                decode=lambda data, size: decode(data),
+                parameters={"like": like.parameters},
+                mean=like.mean,
+                std=like.std,
+            )
         return from_files(other)
 
     said = ("splits", "count", "size", "official", "skip")

@@ -33,11 +33,13 @@ class Options(NamedTuple):
       splits: For each split its classes, in place of the official ones; None: the official ones.
       size: Height and width of the images; None: the data set's own.
       skip_bad_images: So many images of a split may be unreadable; they are left out.
+      like: A data set whose size, colours and normalisation the images get; None: their own.
     """
 
     splits: Mapping[str, tuple[str, ...]] | None = None
     size: int | None = None
     skip_bad_images: int = 0
+    like: "Dataset | None" = None
 
 
 class Dataset(NamedTuple):
