@@ -28,13 +28,13 @@ def kernel_transpose(taps: Array) -> Array:
 def convolve(x: Array, taps: Array) -> Array:
     """`x [n, h, w, in]` with a kernel, transformed; stride 1, zeros around: `[n, h, w, out]`."""
     n, height, width, _ = x.shape
-    products = jnp.einsum("tmc,tco->tmo", _inputs(x), taps)
     rows, columns = _tiles(height), _tiles(width)
+    products = jnp.einsum("tmc,tco->tmo", _inputs(x), taps)
     square = products.reshape(4, 4, n, rows, columns, -1)
-    lines = [_results(*square[i]) for i in range(4)]
-    y = [jnp.stack(_results(*line), 2) for line in zip(*lines, strict=True)]
-    y = jnp.stack(y, 4).reshape(n, 2 * rows, 2 * columns, -1)
-    return y[:, :height, :width]
+    results = lambda m: (m[0] + m[1] + m[2], m[1] - m[2] - m[3])
+    lines = jnp.stack(results(square), 3)  # [4, n, rows, 2, columns, out]
+    y = jnp.stack(results(lines), 4)  # [n, rows, 2, columns, 2, out]
+    return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :height, :width]
 
 
 def correlate(x: Array, y: Array) -> Array:
@@ -53,24 +53,19 @@ def _padded(x: Array, before: int, after: int) -> Array:
 
 
 def _inputs(x: Array) -> Array:
-    """`B^T d B` of every tile, `[16, n rows columns, in]`."""
+    """`B^T d B` of every tile: `[16, tiles, in]`."""
     rows, columns = _tiles(x.shape[1]), _tiles(x.shape[2])
     x = _padded(x, 1, 1)
     entries = lambda d0, d1, d2, d3: (d0 - d2, d1 + d2, d2 - d1, d1 - d3)
-    lines = entries(*(x[:, i : i + 2 * rows : 2] for i in range(4)))
-    squares = [entries(*(line[:, :, j : j + 2 * columns : 2] for j in range(4))) for line in lines]
-    return jnp.stack([entry for line in squares for entry in line]).reshape(16, -1, x.shape[-1])
-
-
-def _results(m0: Array, m1: Array, m2: Array, m3: Array) -> tuple[Array, Array]:
-    """`A^T m`."""
-    return m0 + m1 + m2, m1 - m2 - m3
+    x = jnp.stack(entries(*(x[:, i : i + 2 * rows : 2] for i in range(4))))
+    x = jnp.stack(entries(*(x[:, :, :, j : j + 2 * columns : 2] for j in range(4))), 1)
+    return x.reshape(16, -1, x.shape[-1])
 
 
 def _gradients(y: Array) -> Array:
-    """`A y A^T` of every tile, `_results` transposed both ways: `[16, n rows columns, out]`."""
+    """`A y A^T` of every tile, the transpose of `results` both ways: `[16, tiles, out]`."""
     y = _padded(y, 0, 0)
     entries = lambda y0, y1: (y0, y0 + y1, y0 - y1, -y1)
-    lines = entries(y[:, ::2], y[:, 1::2])
-    squares = [entries(line[:, :, ::2], line[:, :, 1::2]) for line in lines]
-    return jnp.stack([entry for line in squares for entry in line]).reshape(16, -1, y.shape[-1])
+    y = jnp.stack(entries(y[:, ::2], y[:, 1::2]))
+    y = jnp.stack(entries(y[:, :, :, ::2], y[:, :, :, 1::2]), 1)
+    return y.reshape(16, -1, y.shape[-1])
