@@ -164,6 +164,30 @@ def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
+def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> None:
+    """Time (left) and memory (right) of a meta-step over each size of its problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(labels), figsize=(15, 3.2), layout="constrained")
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+        of = [row for row in rows if row["axis"] == name]
+        at = [row["value"] for row in of]
+        axis.plot(at, [row["seconds"] for row in of], "o-", color="#0072b2")
+        axis.set(xlabel=label, ylim=(0, None))
+        axis.tick_params(axis="y", colors="#0072b2")
+        memory = axis.twinx()
+        memory.plot(at, [(row["temporary"] or 0) / 1e6 for row in of], "s--", color="#d55e00")
+        memory.set_ylim(0)
+        memory.tick_params(axis="y", colors="#d55e00")
+    axes[0].set_ylabel("seconds", color="#0072b2")
+    memory.set_ylabel("temporary memory, MB", color="#d55e00")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def contact(splits: dict[str, list[tuple[str, np.ndarray]]], path: Path) -> None:
     """Rows of images `uint8 [n, h, w, c]` with the names of their classes, split by split."""
     import matplotlib

@@ -1,5 +1,6 @@
 """Networks: shapes, the lowering of convolutions and pools, batch norm, adapters."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ from mgaug_jax import (
     transductive,
     wp,
 )
-from mgaug_jax.nets import backbones, layers, lowering
+from mgaug_jax.nets import backbones, layers, lowering, winograd
 from mgaug_jax.types import Examples
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -216,31 +217,59 @@ def test_top_left_mean_refuses_a_map_below_5x5():
 # --- lowering -------------------------------------------------------------------------------
 
 CONVS = [(3, 1, 1), (5, 1, 2), (1, 1, 0), (7, 2, 3), (3, 2, 1), (1, 2, 0), (3, 1, 0)]
+# channels in and out, and how many positions are computed at a time: Winograd's algorithm takes
+# over at 8 channels, and two of the images fit into 200 positions
+WAYS = [(3, 4, 4096), (3, 9, 200), (8, 9, 4096), (9, 8, 200)]
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), CONVS)
-def test_conv_and_its_first_two_derivatives_equal_lax(x64, size, stride, padding):
+def derivatives(f, *args):
+    """Value, gradient, and the gradient of the gradient's squared length."""
+    argnums = tuple(range(len(args)))
+    value = lambda *args: jnp.sum(jnp.sin(f(*args)))
+    first = jax.grad(value, argnums)
+    squares = lambda *args: sum(jnp.sum(g**2) for g in first(*args))
+    return jax.jit(lambda *args: (f(*args), first(*args), jax.grad(squares, argnums)(*args)))(*args)
+
+
+def close(got, want, tolerance=1e-9):
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    jax.tree.map(compare, got, want)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "way"),
+    [(*conv, WAYS[0]) for conv in CONVS] + [(3, 1, 1, way) for way in WAYS[1:]],
+)
+def test_conv_and_its_first_two_derivatives_equal_lax(x64, monkeypatch, size, stride, padding, way):
+    inputs, out, pixels = way
+    monkeypatch.setattr(lowering, "PIXELS", pixels)
     keys = jax.random.split(jax.random.key(size), 2)
-    x = jax.random.normal(keys[0], (2, 9, 10, 3))
-    kernel = jax.random.normal(keys[1], (size, size, 3, 4))
-
-    def derivatives(conv):
-        y = lambda x, k: conv(x, k, stride, padding)
-        value = lambda *args: jnp.sum(jnp.sin(y(*args)))
-        first = jax.grad(value, (0, 1))
-        squares = lambda *args: sum(jnp.sum(g**2) for g in first(*args))
-        return lambda *args: (y(*args), first(*args), jax.grad(squares, (0, 1))(*args))
-
-    got = jax.jit(derivatives(lowering.conv))(x, kernel)
-    want = jax.jit(derivatives(lax_conv))(x, kernel)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, want)
+    x = jax.random.normal(keys[0], (4, 9, 10, inputs))
+    kernel = jax.random.normal(keys[1], (size, size, inputs, out))
+    got, want = (
+        derivatives(lambda x, k, conv=conv: conv(x, k, stride, padding), x, kernel)
+        for conv in (lowering.conv, lax_conv)
+    )
+    close(got, want)
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1)])
-def test_conv_equals_lax_under_vmap_over_kernels_inside_scan(x64, size, stride, padding):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (7, 4), (84, 3)])
+def test_winograd_tiles_cover_maps_of_any_shape(x64, shape):
     keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (2, 6, 7, 2))
-    kernels = jax.random.normal(keys[1], (3, 4, size, size, 2, 2))  # 3 at once, 4 in turn
+    x = jax.random.normal(keys[0], (2, *shape, 2))
+    kernel = jax.random.normal(keys[1], (3, 3, 2, 3))
+    y = jax.jit(lambda x, k: winograd.convolve(x, winograd.kernel(k)))
+    close(y(x, kernel), lax_conv(x, kernel), 1e-12)
+
+
+@pytest.mark.parametrize(("stride", "channels"), [(1, 2), (1, 8), (2, 2)])
+def test_conv_equals_lax_under_vmap_over_kernels_inside_scan(x64, monkeypatch, stride, channels):
+    monkeypatch.setattr(lowering, "PIXELS", 50)  # one image at a time
+    padding = 1
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 6, 7, channels))
+    shape = (3, 4, 3, 3, channels, channels)  # 3 at once, 4 in turn
+    kernels = jax.random.normal(keys[1], shape) / channels
 
     def grads(conv):
         def chain(x, kernels):
@@ -259,22 +288,76 @@ def test_conv_equals_lax_under_vmap_over_kernels_inside_scan(x64, size, stride, 
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (7, 5), (4, 9)])
-@pytest.mark.parametrize(
-    ("pool", "window"), [(lowering.max_pool, (2, 2, 0)), (lowering.max_pool_3x3, (3, 2, 1))]
-)
-def test_max_pools_and_their_gradients_equal_reduce_window(x64, pool, window, shape):
+def test_max_pool_3x3_and_its_gradient_equal_reduce_window(x64, shape):
     x = jax.random.normal(jax.random.key(0), (2, *shape, 3))
-    other = lambda x: lax_pool(x, *window)
-    np.testing.assert_array_equal(pool(x), other(x))
+    other = lambda x: lax_pool(x, 3, 2, 1)
+    np.testing.assert_array_equal(lowering.max_pool_3x3(x), other(x))
     grad = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))))(x)
-    np.testing.assert_allclose(grad(pool), grad(other), rtol=1e-12)
+    np.testing.assert_allclose(grad(lowering.max_pool_3x3), grad(other), rtol=1e-12)
 
 
-def test_max_pool_sends_the_gradient_of_a_tie_to_the_first_entry():
-    x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 2, 0].set(-1.0)  # the first of the upper right window
-    grad = jax.jit(jax.grad(lambda x: jnp.sum(lowering.max_pool(x))))(x)
+def plain_norm_relu_pool(y, scale, bias, first):
+    """The composition; the ReLU comes last, since zeros would tie in the pool."""
+    axes = (0, 1, 2)
+    mean, var = jnp.mean(y[:first], axes), jnp.var(y[:first], axes)
+    z = (y - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+    h, w = z.shape[1] // 2, z.shape[2] // 2
+    entries = [z[:, i : 2 * h : 2, j : 2 * w : 2] for i in range(2) for j in range(2)]
+    return nn.relu(functools.reduce(jnp.maximum, entries))
+
+
+SCALES = jnp.array([1.5, -0.7, 0.3])
+
+
+@pytest.mark.parametrize("first", [None, 2])
+@pytest.mark.parametrize("shape", [(6, 4), (7, 5), (4, 9)])
+def test_norm_relu_pool_and_its_first_two_derivatives_equal_the_composition(x64, shape, first):
+    y = 2 + jax.random.normal(jax.random.key(0), (5, *shape, 3))
+    bias = jnp.array([0.4, 0.1, -0.2])
+    got, want = (
+        derivatives(lambda *args, f=f: f(*args, first), y, SCALES.astype(float), bias)
+        for f in (lowering.norm_relu_pool, plain_norm_relu_pool)
+    )
+    close(got, want)
+
+
+@pytest.mark.parametrize("first", [None, 1])
+def test_norm_relu_pool_equals_the_composition_under_vmap_inside_scan(x64, first):
+    y = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    scales = jax.random.normal(jax.random.key(1), (3, 4, 3))  # 3 at once, 4 in turn
+
+    def chain(f):
+        def total(y, scales):
+            def body(shift, scale):
+                return shift + jnp.mean(jnp.sin(f(y * (1 + shift), scale, scale, first))), None
+
+            return jax.lax.scan(body, 0.0, scales)[0]
+
+        squares = lambda *args: sum(jnp.sum(g**2) for g in jax.grad(total, (0, 1))(*args))
+        return jax.jit(jax.vmap(jax.value_and_grad(squares, (0, 1)), (None, 0)))(y, scales)
+
+    close(chain(lowering.norm_relu_pool), chain(plain_norm_relu_pool))
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.0])
+def test_norm_relu_pool_sends_the_gradient_of_a_tie_to_the_first_entry(x64, scale):
+    # statistics of other examples, so that nothing else reaches the map
+    y = jnp.zeros((2, 4, 4, 1)).at[0].set(jax.random.normal(jax.random.key(0), (4, 4, 1)))
+    y = y.at[1, 0, 2].set(-scale)  # the first of the upper right window is the smallest
+    total = lambda y, scale: jnp.sum(lowering.norm_relu_pool(y, scale, jnp.ones(1) * 9, 1)[1])
+    grad = jax.jit(jax.grad(total))(y, jnp.full(1, scale))[1, :, :, 0]
     want = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(grad[0, :, :, 0], want)
+    rate = 1 / np.sqrt(np.var(np.asarray(y[0])) + 1e-5)
+    np.testing.assert_allclose(grad, scale * rate * want, rtol=1e-12)
+
+
+def test_a_bias_before_a_norm_does_nothing(x64):
+    net = small_conv()
+    params = randomised(shapes(net))
+    x = jax.random.normal(jax.random.key(1), (3, 16, 16, 1))
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(net.apply(params, x)))))(params)
+    assert not grads["conv1"]["bias"].any()
+    assert grads["norm1"]["bias"].any()
 
 
 def test_max_pool_3x3_sends_the_gradient_of_a_tie_to_the_first_entry():

@@ -27,10 +27,8 @@ class ConvNet(nn.Module):
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
         stop = self.depth if stop is None else stop
         for i in range(start, stop):
-            x = Conv(self.width, name=f"conv{i}")(x)
-            x = BatchNorm(self.first, name=f"norm{i}")(x)
-            # max and ReLU commute, and the ReLU is cheaper on a quarter of the map
-            x = nn.relu(lowering.max_pool(x))
+            x = Conv(self.width, added=False, name=f"conv{i}")(x)
+            x = BatchNorm(self.first, pool=True, name=f"norm{i}")(x)
         if stop < self.depth:
             return x
         # Channels first, as PyTorch flattens: `Dense` on a smaller map then takes the rows that
@@ -49,7 +47,9 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def conv_norm(x: Array, size: int, stride: int, name: str) -> Array:
-            conv = Conv(self.width, size, stride, False, normal_fan_out, name=f"conv{name}")
+            conv = Conv(
+                self.width, size, stride, False, kernel_init=normal_fan_out, name=f"conv{name}"
+            )
             return BatchNorm(self.first, name=f"norm{name}")(conv(x))
 
         y = nn.relu(conv_norm(x, 3, self.stride, "0"))
@@ -89,7 +89,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int = 4) -> Array:
         if start == 0:
-            x = Conv(64, 7, 2, False, normal_fan_out, name="conv")(x)
+            x = Conv(64, 7, 2, False, kernel_init=normal_fan_out, name="conv")(x)
             x = nn.relu(BatchNorm(self.first, name="norm")(x))
             x = lowering.max_pool_3x3(x)
         for stage in range(start, stop):

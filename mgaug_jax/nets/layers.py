@@ -24,12 +24,18 @@ def normal_fan_out(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Arr
 
 
 class Conv(nn.Module):
-    """`kernel [size, size, in, features]`, with a bias unless told otherwise."""
+    """`kernel [size, size, in, features]`, with a bias unless told otherwise.
+
+    A bias that is not `added` is a parameter that does nothing, as it would before a norm, which
+    takes away whatever is added to all examples: a pass over the map is saved, and one backwards,
+    and its gradient is 0, not what rounding makes of it.
+    """
 
     features: int
     size: int = 3
     stride: int = 1
     use_bias: bool = True
+    added: bool = True
     kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
@@ -39,7 +45,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init or uniform_fan_in(fan_in), shape)
         y = lowering.conv(x, kernel, self.stride, self.size // 2)
         if self.use_bias:
-            y = y + self.param("bias", uniform_fan_in(fan_in), (self.features,))
+            bias = self.param("bias", uniform_fan_in(fan_in), (self.features,))
+            y = y + bias if self.added else y
         return y
 
 
@@ -47,20 +54,21 @@ class BatchNorm(nn.Module):
     """`scale (x - mean) / sqrt(var + 1e-5) + bias`, statistics over batch, height and width.
 
     The statistics are those of the first `first` examples, of all when it is None: there are no
-    running averages, so evaluation is transductive unless the caller says otherwise.
+    running averages, so evaluation is transductive unless the caller says otherwise. With `pool` a
+    ReLU and a 2x2 max pool follow.
     """
 
     first: int | None = None
+    pool: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        axes = tuple(range(x.ndim - 1))
-        source = x[: self.first]
-        mean = jnp.mean(source, axes)
-        var = jnp.mean(jnp.square(source - mean), axes)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return (x - mean) * (scale * jax.lax.rsqrt(var + 1e-5)) + bias
+        if self.pool:
+            return lowering.norm_relu_pool(x, scale, bias, self.first)
+        mean, var = lowering.moments(x, self.first)
+        return (x - mean) * (scale * jax.lax.rsqrt(var + lowering.EPSILON)) + bias
 
 
 class Dense(nn.Module):

@@ -2,9 +2,11 @@
 
 XLA lowers a convolution that is vmapped over its kernels to a grouped convolution, and the
 gradient of `reduce_window` to select-and-scatter; both are slow on CPU and on GPU. Here a
-convolution is a product of image patches with the kernel matrix, and a 2x2 max pool a maximum of
-four strided slices: plain products and slices under `vmap`, `scan` and any number of
-reverse-mode derivatives. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by `jax.custom_vjp`.
+convolution is a product of image patches with the kernel matrix or, 3x3 with enough channels,
+Winograd's sixteen smaller products; a 2x2 max pool takes four strided slices and comes before the
+norm. All is products and slices under `vmap`, `scan` and any number of reverse-mode derivatives.
+On a CPU a convolution goes through a few images at a time, so that what it makes on the way stays
+in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by `jax.custom_vjp`.
 """
 
 import functools
@@ -13,7 +15,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mgaug_jax.nets import winograd
 from mgaug_jax.types import Array, Net
+
+PIXELS = 4096
+"""On a CPU a convolution takes about so many positions of its images at a time."""
+FEW = 8
+"""A convolution of fewer channels, in or out, is a product of patches, else Winograd's."""
 
 
 def conv(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
@@ -34,21 +42,97 @@ def conv(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
     return _strided(x, kernel, stride, padding)
 
 
-def max_pool(x: Array) -> Array:
-    """Largest of every 2x2 window, stride 2; an odd last row or column is dropped.
+EPSILON = 1e-5
+"""Added to a variance, as in PyTorch."""
+
+
+def moments(x: Array, first: int | None = None) -> tuple[Array, Array]:
+    """Mean and variance `[c]` of the first `first` examples `[n, ..., c]`, of all if None."""
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x[:first], axes)
+    return mean, jnp.mean(jnp.square(x[:first] - mean), axes)
+
+
+def norm_relu_pool(y: Array, scale: Array, bias: Array, first: int | None = None) -> Array:
+    """Batch norm, ReLU and the largest of every 2x2 window, stride 2: `[n, h, w, c] -> [n, h // 2,
+    w // 2, c]`. An odd last row or column is in the statistics alone.
 
     The first of equal entries (in reading order) gets the whole gradient, as in PyTorch.
+
+    Args:
+      y: A map.
+      scale: `[c]`.
+      bias: `[c]`.
+      first: The statistics are those of so many examples, of all if None.
 
     Raises:
       ValueError: The map has fewer than 2 rows or columns.
     """
-    if min(x.shape[1:3]) < 2:
+    if min(y.shape[1:3]) < 2:
         raise ValueError(
-            f"A map of {x.shape[1]}x{x.shape[2]} cannot be halved; the images are too small for "
+            f"A map of {y.shape[1]}x{y.shape[2]} cannot be halved; the images are too small for "
             "this network. Use larger ones."
         )
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    return functools.reduce(_larger, _taps(x, 2, 2, 2))
+    return _norm_relu_pool(y, scale, bias, first)
+
+
+# A norm is monotone in every channel, so the pool may come first: of every window the largest entry
+# where the channel's scale is positive, the smallest where it is negative. What follows it works on
+# a quarter of the map. The rule backwards makes the map's gradient in one pass; with autodiff's
+# four pads, one for each entry of a window, a block takes about a quarter longer.
+
+
+def _windows(y: Array) -> list[Array]:
+    return _taps(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], 2, 2, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm_relu_pool(y: Array, scale: Array, bias: Array, first: int | None) -> Array:
+    return _norm_relu_pool_fwd(y, scale, bias, first)[0]
+
+
+def _norm_relu_pool_fwd(y, scale, bias, first):
+    mean, var = moments(y, first)
+    rate = jax.lax.rsqrt(var + EPSILON)
+    sign = jnp.sign(scale)
+    best = functools.reduce(lambda a, b: jnp.where(sign * b > sign * a, b, a), _windows(y))
+    z = jax.nn.relu((best - mean) * (scale * rate) + bias)
+    return z, (y, best, z, mean, rate, scale)
+
+
+def _norm_relu_pool_bwd(first, residuals, dz):
+    y, best, z, mean, rate, scale = residuals
+    n, height, width, _ = y.shape
+    d = jnp.where(z > 0, dz, 0)
+    dbias = jnp.sum(d, (0, 1, 2))
+    dscale = jnp.sum(d * (best - mean), (0, 1, 2)) * rate
+    # The number of the entry that was chosen, in reading order. `best` is a copy of it, so nothing
+    # rounds. The barrier has it made once, not for every entry of the window.
+    found = [entry == best for entry in _windows(y)]
+    chosen = jnp.where(found[0], 0, jnp.where(found[1], 1, jnp.where(found[2], 2, 3)))
+    chosen = jax.lax.optimization_barrier(chosen.astype(jnp.int8))
+    here = jnp.arange(2, dtype=jnp.int8)[:, None, None] * 2 + jnp.arange(2, dtype=jnp.int8)[:, None]
+    inside = jnp.where(
+        chosen[:, :, None, :, None] == here[:, None], (d * (scale * rate))[:, :, None, :, None], 0
+    )
+    inside = inside.reshape(n, height // 2 * 2, width // 2 * 2, -1)
+    inside = _grown(inside, height, width)
+    # through the statistics
+    count = len(y[:first]) * height * width
+    slope = -scale * jnp.square(rate) * dscale / count
+    through = y * slope - (mean * slope + scale * rate * dbias / count)
+    if first is not None:
+        through = jnp.where((jnp.arange(n) < first)[:, None, None, None], through, 0)
+    return inside + through, dscale, dbias
+
+
+def _grown(x: Array, height: int, width: int) -> Array:
+    """Zeros below and to the right, up to a size."""
+    edges = ((0, 0, 0), (0, height - x.shape[1], 0), (0, width - x.shape[2], 0), (0, 0, 0))
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+
+_norm_relu_pool.defvjp(_norm_relu_pool_fwd, _norm_relu_pool_bwd)
 
 
 def max_pool_3x3(x: Array) -> Array:
@@ -115,15 +199,54 @@ def _strided(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 
 @jax.custom_vjp
 def _same(x: Array, kernel: Array) -> Array:
-    return _product(x, kernel, 1, kernel.shape[0] // 2)
+    size, _, inputs, out = kernel.shape
+    if size == 3 and min(inputs, out) >= FEW:
+        taps = winograd.kernel(kernel)
+        return _some_at_a_time(lambda x: winograd.convolve(x, taps), x)
+    return _some_at_a_time(lambda x: _product(x, kernel, 1, size // 2), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _correlate(x: Array, y: Array, size: int) -> Array:
     """Gradient of `sum(y * _same(x, kernel))` by the kernel, `[size, size, in, out]`."""
-    patches = _patches(x, size, size, 1, size // 2)
-    flat = jnp.einsum("nhwk,nhwo->ko", patches, y)
-    return flat.reshape(size, size, x.shape[-1], y.shape[-1])
+    if size == 3 and min(x.shape[-1], y.shape[-1]) >= FEW:
+        return winograd.kernel_transpose(_sum_of_some(winograd.correlate, x, y))
+
+    def flat(x: Array, y: Array) -> Array:
+        # the kernel's transpose, since XLA multiplies `y^T x` faster than `x^T y` on a CPU
+        return jnp.einsum("nhwo,nhwk->ok", y, _patches(x, size, size, 1, size // 2))
+
+    return _sum_of_some(flat, x, y).T.reshape(size, size, x.shape[-1], y.shape[-1])
+
+
+def _chunk(x: Array) -> int:
+    """How many images are computed at a time, a divisor of their number: on a CPU as many as its
+    caches hold with all that is made of them on the way, elsewhere all.
+    """
+    n, height, width = x.shape[:3]
+    most = max(1, PIXELS // (height * width)) if jax.default_backend() == "cpu" else n
+    return max(count for count in range(1, n + 1) if n % count == 0 and count <= most)
+
+
+def _chunks(x: Array) -> Array:
+    return x.reshape(-1, _chunk(x), *x.shape[1:])
+
+
+def _some_at_a_time(f: Callable[[Array], Array], x: Array) -> Array:
+    """`f(x)`, image by image or some at a time."""
+    if _chunk(x) == len(x):
+        return f(x)
+    made = jax.lax.map(f, _chunks(x))
+    return made.reshape(len(x), *made.shape[2:])
+
+
+def _sum_of_some(f: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """`f(x, y)`, which is a sum over images, image by image or some at a time."""
+    if _chunk(x) == len(x):
+        return f(x, y)
+    add = lambda total, some: (total + f(*some), None)
+    x, y = _chunks(x), _chunks(y)
+    return jax.lax.scan(add, f(x[0], y[0]), (x[1:], y[1:]))[0]
 
 
 def _adjoint(kernel: Array) -> Array:

@@ -1,0 +1,65 @@
+"""How the time and memory of a meta-step grow with its problem; part of `experiments.benchmark`."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import ours, plots, turns
+from experiments.progress import Progress
+from experiments.workloads import Problem
+
+BASE = Problem("fomaml", (42, 42, 3), queries=5, tasks=4, width=32, steps=5, keeps=(0.9,) * 3)
+AXES: dict[str, tuple[str, Sequence[int]]] = {
+    "tasks": ("tasks T", (1, 2, 4, 8)),
+    "keeps": ("sub-networks U", (0, 1, 3, 7)),
+    "steps": ("inner steps", (1, 2, 5, 10)),
+    "image": ("image side", (21, 42, 84)),
+    "width": ("channels", (16, 32, 64)),
+}
+
+
+def at(axis: str, value: int) -> Problem:
+    """The base problem with one of its sizes changed."""
+    if axis == "image":
+        return BASE._replace(image=(value, value, 3))
+    return BASE._replace(**{axis: (0.9,) * value if axis == "keeps" else value})
+
+
+def run(folder: Path | None, repeats: int, limit: float) -> int:
+    """Measures, prints, and writes scaling.csv and scaling.png where there is a folder."""
+    rows: list[dict[str, Any]] = []
+    total = sum(len(values) for _, values in AXES.values())
+    progress = Progress("scaling", total, unit="sizes")
+    print(f"base: {BASE._asdict()}")
+    for axis, (label, values) in AXES.items():
+        made = {}
+        for value in values:
+            progress.at(len(rows) + len(made), f"{label} {value}")
+            made[value] = ours.contender(at(axis, value))
+            made[value].step()
+        steps = {str(value): contender.step for value, contender in made.items()}
+        taken = turns.take_turns(steps, repeats, limit)
+        progress.close()
+        for value, contender in made.items():
+            row = turns.summary(taken[str(value)], limit)
+            row = {"axis": axis, "value": value, **row, "temporary": contender.temporary}
+            rows.append({**row, "compile": contender.compile})
+            memory = (contender.temporary or 0) / 1e6
+            print(
+                f"{label:<15} {value:4d}  {row['seconds']:8.4f} s  {row['cpu_seconds']:8.4f} CPU s"
+                f"  {memory:7.1f} MB  compiled in {contender.compile:.1f} s",
+                flush=True,
+            )
+    if folder is not None:
+        plots.scaling(
+            rows, {axis: label for axis, (label, _) in AXES.items()}, folder / "scaling.png"
+        )
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        (folder / "scaling.csv.tmp").write_text(text.getvalue())
+        (folder / "scaling.csv.tmp").replace(folder / "scaling.csv")
+    return 0
