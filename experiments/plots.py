@@ -224,3 +224,48 @@ def contact(splits: dict[str, list[tuple[str, np.ndarray]]], path: Path) -> None
         finally:
             temporary.unlink(missing_ok=True)
     plt.close(figure)
+
+
+def sweep(rows: list[dict[str, Any]], axes: list[Any], metric: str, path: Path) -> None:
+    """Validation score over each number that is varied: a dot per member, a line through the best
+    mean over seeds at each of its values.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    better = np.max if metric == "accuracy" else np.min
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999"]
+    size = (1 + 3.2 * len(axes), 3.4 + 0.2 * len(methods))
+    figure, panels = plt.subplots(
+        1, len(axes), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    finite = [row for row in rows if row["stopped"] is None]
+    for axis, panel in zip(axes, panels[0], strict=True):
+        others = [other.name for other in axes if other.name != axis.name]
+        for number, method in enumerate(methods):
+            own = [row for row in finite if row["method"] == method]
+            color = colors[number % len(colors)]
+            values = [row[axis.name] for row in own]
+            panel.plot(values, [row["validation"] for row in own], ".", color=color, alpha=0.4)
+            line = {}
+            for value in sorted(set(values)):
+                settings: dict[tuple, list[float]] = {}
+                for row in own:
+                    if row[axis.name] == value:
+                        point = tuple(row[name] for name in others)
+                        settings.setdefault(point, []).append(row["validation"])
+                line[value] = better([np.mean(scores) for scores in settings.values()])
+            panel.plot(list(line), list(line.values()), "-", color=color, lw=1.2, label=method)
+        if axis.log:
+            panel.set_xscale("log")
+        panel.set_xlabel(axis.name)
+    shown = "validation accuracy" if metric == "accuracy" else "validation squared error"
+    panels[0, 0].set_ylabel(shown)
+    if metric != "accuracy":
+        panels[0, 0].set_yscale("log")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside upper center")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
