@@ -43,9 +43,7 @@ def parse(text: str) -> list[Axis]:
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not name.isidentifier():
-            raise BadInput(
-                f"{part!r} is not name=values, as in std=0,0.3,1 or lr=log(0.001,0.1,5)."
-            )
+            raise BadInput(f"{part!r} is not name=values, as in std=0,0.3 or lr=log(0.001,0.1,5).")
         if name in axes:
             raise BadInput(f"--values gives {name} twice.")
         try:

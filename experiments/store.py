@@ -3,6 +3,7 @@
 Whatever is written is written whole or not at all.
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -157,6 +158,16 @@ def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows of the same columns, a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
     temporary.replace(path)
 
 

@@ -5,7 +5,7 @@ and where the statement of MGAug's Theorem 1 needs care.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.scipy.special import gammaln
 
 from mgaug_jax import pruning
 from mgaug_jax.checks import check_fraction, check_positive, check_rate
-from mgaug_jax.types import Array, Net, Params
+from mgaug_jax.types import Array, Net, Params, Pruner
 
 Number = float | Array
 
@@ -213,3 +213,45 @@ def literal_catfish_kl(
     `weight_kl` of `subset_keep`, and fails as well.)
     """
     return weight_kl(weights, mask, std, prior_std)
+
+
+# --- pruners as a bound sees them -----------------------------------------------------------
+
+
+class Law(NamedTuple):
+    """How masks come about, and hence what they cost.
+
+    Attributes:
+      prune: Makes the mask of a task.
+      keep: `(net, params, keep) -> Pr(kept)` of masks that have not seen the task's samples; None
+        if they choose the mask, which then has to be paid for.
+    """
+
+    prune: Pruner
+    keep: Callable[[Net, Params, Number], Params] | None
+
+    def kl(
+        self,
+        net: Net,
+        weights: Params,
+        mask: Params,
+        keep: Number,
+        std: Number = 1.0,
+        prior_std: Number = 1.0,
+    ) -> Array:
+        """`catfish_kl` of the task's mask, or `weight_kl` of the law, which needs no mask."""
+        if self.keep is None:
+            return catfish_kl(weights, mask, std, prior_std)
+        return weight_kl(weights, self.keep(net, weights, keep), std, prior_std)
+
+
+LAWS = {
+    "wp": Law(
+        pruning.width,
+        lambda net, params, keep: width_keep(net, params, jnp.asarray(keep)[None]),
+    ),
+    "pp": Law(pruning.random_parameters(), subset_keep),
+    "bernoulli": Law(pruning.bernoulli_parameters, bernoulli_keep),
+    "cp": Law(pruning.catfish(select=pruning.exact), None),
+}
+"""The pruners at one rate; `exact` counts, so that none depends on the samples."""
