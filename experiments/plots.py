@@ -264,7 +264,8 @@ def sweep(rows: list[dict[str, Any]], axes: list[Any], metric: str, path: Path) 
         panel.set_xlabel(axis.name)
     shown = "validation accuracy" if metric == "accuracy" else "validation squared error"
     panels[0, 0].set_ylabel(shown)
-    if metric != "accuracy":
+    scores = [row["validation"] for row in finite] or [1.0]
+    if metric != "accuracy" and max(scores) > 10 * min(scores):
         panels[0, 0].set_yscale("log")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside upper center")
     figure.savefig(path, dpi=130)

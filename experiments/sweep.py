@@ -211,12 +211,15 @@ class Program:
         self.make = lambda value: self.at(value).trainer
         self.compiled: dict[str, Any] = {}
 
-    def _over(self, f, name: str, *arguments, **options):
-        """`f(whole, values, members)` of every member, on the devices of the mesh."""
+    def _compiled(self, name: str, f, **options):
+        """`f(whole, values, members)` of every member under jit, on the devices of the mesh."""
         if name not in self.compiled:
             over = f if self.made.mesh is None else partial(sharding.spread, f, self.made.mesh)
-            self.compiled[name] = runs.compiled(self.made, over, **options)
-        return self.compiled[name](*runs.put(self.made, arguments))
+            self.compiled[name] = jax.jit(over, **options)
+        return self.compiled[name]
+
+    def _advance(self, values):
+        return self._compiled("advance", partial(self._chunk, self._net(values)), donate_argnums=2)
 
     def _chunk(self, net, whole, values, members):
         keys, data, step, count, shared = whole
@@ -232,38 +235,28 @@ class Program:
     def begin(self, values, keys: Array) -> sweeps.Members:
         return jax.jit(partial(sweeps.begin, self.make, self._net(values)))(values, keys)
 
-    def _whole(self, keys: Array, step: int, count: int):
+    def _given(self, values, keys: Array, step: int, count: int):
         numbers = (np.int32(step), np.int32(count), jax.random.key(SHARED))
-        return (keys, self.made.splits["train"], *numbers)
+        return runs.put(self.made, ((keys, self.made.splits["train"], *numbers), values))
 
     def advance(self, values, keys: Array, members: sweeps.Members, step: int, count: int):
-        f = partial(self._chunk, self._net(values))
-        return self._over(
-            f, "advance", self._whole(keys, step, count), values, members, donate_argnums=2
-        )
+        return self._advance(values)(*self._given(values, keys, step, count), members)
 
     def fitting(self, points, keys, gigabytes: float) -> int:
         """How many settings are trained at once, by what the compiled program says it needs."""
-        size, devices = len(points), 1 if self.made.mesh is None else self.made.mesh.size
+        size, least = len(points), 1 if self.made.mesh is None else self.made.mesh.size
         while True:
             some = [points[i % len(points)] for i in range(size)]
             values = {name: jnp.array([point[name] for point in some]) for name in points[0]}
-            begin = partial(sweeps.begin, self.make, self._net(values))
-            members = jax.eval_shape(begin, values, keys[0])
-            f = partial(self._chunk, self._net(values))
-            over = f if self.made.mesh is None else partial(sharding.spread, f, self.made.mesh)
-            whole = runs.put(self.made, self._whole(keys[1], 0, 1))
-            lowered = runs.compiled(self.made, over, donate_argnums=2).lower(
-                whole, runs.put(self.made, values), members
-            )
-            found = lowered.compile().memory_analysis()
+            members = self.begin(values, keys[0])
+            given = self._given(values, keys[1], 0, 1)
+            found = self._advance(values).lower(*given, members).compile().memory_analysis()
             needed = (found.temp_size_in_bytes + found.argument_size_in_bytes) / 1e9
-            print(
-                f"{size} settings x {len(keys[0])} seeds at once take {needed:.2f} GB", flush=True
-            )
-            if needed <= gigabytes or size <= devices:
+            seeds = f"{size} settings x {len(keys[0])} seeds at once"
+            print(f"{seeds}: {needed:.3f} GB per device", flush=True)
+            if needed <= gigabytes or size <= least:
                 return size
-            size = max(devices, size // 2)
+            size = max(least, size // 2)
 
     def judge(self, values, members: sweeps.Members, split: str, seed: int):
         """Scores `[K, S, episodes]` on a split, in NumPy."""
@@ -281,8 +274,8 @@ class Program:
             of_value = lambda both: jax.lax.map(partial(one, both[0]), both[1])
             return jax.lax.map(of_value, (values, params))
 
-        whole = scoring.episode_key(seed), made.splits[split]
-        return jax.device_get(self._over(judged, split, whole, values, members.params))
+        whole, values = runs.put(made, ((scoring.episode_key(seed), made.splits[split]), values))
+        return jax.device_get(self._compiled(split, judged)(whole, values, members.params))
 
 
 def write(folder: Path, table: dict[str, Any]) -> None:
