@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from experiments import runs
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, BadInput, Failed, NotFinite
@@ -65,17 +66,17 @@ def join() -> None:
         ) from error
 
 
-def place(made: runs.Setup) -> runs.Setup:
-    """The setup on the devices that the flags name.
+def mesh() -> Mesh | None:
+    """The devices that `--mesh` names, None for the default one.
 
     Raises:
       BadInput: There are fewer.
     """
-    if FLAGS.tasks_at_once is not None and FLAGS.tasks_at_once < 1:
-        raise BadInput(f"--tasks_at_once={FLAGS.tasks_at_once} must be 1 or more.")
     asked = "all" if FLAGS.distributed and FLAGS.mesh is None else FLAGS.mesh
     devices = jax.devices()
-    if asked not in (None, "all"):
+    if asked is None:
+        return None
+    if asked != "all":
         if not asked.isdigit() or not 0 < int(asked) <= len(devices):
             raise BadInput(
                 f"--mesh={asked} was asked for, but there are {len(devices)} devices; give a "
@@ -84,13 +85,24 @@ def place(made: runs.Setup) -> runs.Setup:
         if jax.process_count() > 1 and int(asked) != len(devices):
             raise BadInput(f"--mesh={asked}: several processes use all devices; leave it out.")
         devices = devices[: int(asked)]
-    mesh = None if asked is None else sharding.mesh(devices)
-    if mesh is not None and (idle := -made.config.tasks % mesh.size):
+    return sharding.mesh(devices)
+
+
+def place(made: runs.Setup) -> runs.Setup:
+    """The setup with its tasks on the devices that the flags name.
+
+    Raises:
+      BadInput: There are fewer, or none at once makes sense.
+    """
+    if FLAGS.tasks_at_once is not None and FLAGS.tasks_at_once < 1:
+        raise BadInput(f"--tasks_at_once={FLAGS.tasks_at_once} must be 1 or more.")
+    over = mesh()
+    if over is not None and (idle := -made.config.tasks % over.size):
         print(
-            f"note: {made.config.tasks} tasks on {mesh.size} devices leave {idle} without one; "
-            f"a multiple of {mesh.size} does not."
+            f"note: {made.config.tasks} tasks on {over.size} devices leave {idle} without one; "
+            f"a multiple of {over.size} does not."
         )
-    return runs.on_devices(made, mesh, FLAGS.tasks_at_once)
+    return runs.on_devices(made, over, FLAGS.tasks_at_once)
 
 
 def first() -> bool:

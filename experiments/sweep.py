@@ -65,6 +65,8 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput("--method is missing; --help shows an example.")
     if FLAGS.distributed:
         raise cli.BadInput("a sweep runs in one process; give each host points of its own.")
+    if FLAGS.tasks_at_once is not None:
+        raise cli.BadInput("--tasks_at_once is for single runs; lower --memory_gb instead.")
     for name in ("seeds", "episodes", "memory_gb"):
         if getattr(FLAGS, name) <= 0:
             raise cli.BadInput(f"--{name} must be above 0.")
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     methods = seeds.expand(FLAGS.method)
     folder = store.output(FLAGS.out)
     plain = problem.config("fomaml", 0, FLAGS.steps)
-    made = devices.place(runs.setup(plain, say=print))
+    made = runs.on_devices(runs.setup(plain, say=print), devices.mesh())
     for text in methods:
         check(made, text, points)
     with store.locked(folder), cli.Interruption() as stop:
