@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from experiments import runs
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, BadInput, Failed, NotFinite
-from mgaug_jax import sharding
+from mgaug_jax import sharding, tasks_at_once
 
 T = TypeVar("T")
 TEXT = 2000
@@ -33,6 +33,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer(
     "tasks_at_once", None, "Tasks that a device computes together. Default: what is fastest."
+)
+flags.DEFINE_bool(
+    "remat", False, "Make activations again for the gradient instead of keeping them."
 )
 flags.DEFINE_bool(
     "distributed",
@@ -102,7 +105,8 @@ def place(made: runs.Setup) -> runs.Setup:
             f"note: {made.config.tasks} tasks on {over.size} devices leave {idle} without one; "
             f"a multiple of {over.size} does not."
         )
-    return runs.on_devices(made, over, FLAGS.tasks_at_once)
+    how = [tasks_at_once(FLAGS.tasks_at_once)] if FLAGS.tasks_at_once is not None else []
+    return runs.on_devices(made, over, *how)
 
 
 def first() -> bool:

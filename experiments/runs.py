@@ -19,7 +19,8 @@ from experiments.cli import BadInput
 from experiments.progress import Watch
 from mgaug_jax import data, episodes, losses, meta, sharding
 from mgaug_jax.data import sinusoid, streaming
-from mgaug_jax.types import Array, MetaParams, Method, Task
+from mgaug_jax.modifiers import compose
+from mgaug_jax.types import Array, MetaParams, Method, Modifier, Task
 
 TEST_QUERIES = 15
 LABELS = {
@@ -167,12 +168,11 @@ def with_numbers(made: Setup, text: str, numbers: dict[str, Any]) -> Setup:
     return made._replace(config=config, **_method(config, made.problem, numbers))
 
 
-def on_devices(made: Setup, mesh: Mesh | None, at_once: int | None = None) -> Setup:
-    """The same with its tasks spread over `mesh`, `at_once` of them together on each device."""
+def on_devices(made: Setup, mesh: Mesh | None, *how: Modifier) -> Setup:
+    """The same with its tasks spread over `mesh`, and the modifiers that say how it is computed."""
 
     def spread(method: Method) -> Method:
-        method = method if mesh is None else sharding.sharded(mesh)(method)
-        return method._replace(at_once=at_once)
+        return compose(*how)(method if mesh is None else sharding.sharded(mesh)(method))
 
     at, tested = lambda step: spread(made.method(step)), spread(made.tested)
     other = made._replace(method=at, tested=tested, trainer=trainer(made.config, at), mesh=mesh)

@@ -38,6 +38,7 @@ from experiments import cli, design, devices, plots, problem, runs, scoring, see
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, sharding, sweeps
 from mgaug_jax.evaluation import evaluate
+from mgaug_jax.memory import taken
 from mgaug_jax.types import Array
 
 SECONDS, SAVE_SECONDS = 2.0, 120.0
@@ -252,8 +253,7 @@ class Program:
             values = {name: jnp.array([point[name] for point in some]) for name in points[0]}
             members = self.begin(values, keys[0])
             given = self._given(values, keys[1], 0, 1)
-            found = self._advance(values).lower(*given, members).compile().memory_analysis()
-            needed = (found.temp_size_in_bytes + found.argument_size_in_bytes) / 1e9
+            needed = taken(self._advance(values).lower(*given, members).compile()) / 1e9
             seeds = f"{size} settings x {len(keys[0])} seeds at once"
             print(f"{seeds}: {needed:.3f} GB per device", flush=True)
             if needed <= gigabytes or size <= least:

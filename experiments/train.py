@@ -34,7 +34,7 @@ from absl import flags
 
 from experiments import cli, devices, plots, problem, runs, scoring, source, store
 from experiments.progress import Progress
-from mgaug_jax import checkpoint, meta
+from mgaug_jax import checkpoint, memory, meta
 from mgaug_jax.data import streaming
 
 CHUNK = 25
@@ -183,7 +183,15 @@ def train(
             count = int(min(size, to_evaluation, config.steps - done, end - done))
             before = time.monotonic()
             left = max(skip - int(saved.skipped), 0)
-            state, info, filled = advance(k_train, state, runs.put(made, data), count, skip=left)
+            data = runs.put(made, data)
+            if progress.first == done:
+                needed = memory.taken(
+                    advance.lower(k_train, state, data, count, skip=left).compile()
+                )
+                print(
+                    f"the program takes {needed / 1e9:.3f} GB, data and state included", flush=True
+                )
+            state, info, filled = advance(k_train, state, data, count, skip=left)
             rows = range(int(filled))
             size = chunk_size((time.monotonic() - before) / len(rows))
             info = jax.device_get(info)

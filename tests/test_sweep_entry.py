@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -151,8 +150,10 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     assert run(whole, steps=4000, values=values).returncode == 0
     fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     line = command(parts, steps=4000, values=values)
-    process = subprocess.Popen(line, cwd=ROOT, env=fast, stderr=subprocess.PIPE, text=True)
-    time.sleep(15)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, cwd=ROOT, env=fast, **pipes)
+    while "at once" not in process.stdout.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
