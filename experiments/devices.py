@@ -35,9 +35,6 @@ flags.DEFINE_integer(
     "tasks_at_once", None, "Tasks that a device computes together. Default: what is fastest."
 )
 flags.DEFINE_bool(
-    "remat", False, "Make activations again for the gradient instead of keeping them."
-)
-flags.DEFINE_bool(
     "distributed",
     False,
     "Join the run's other processes: as JAX_COORDINATOR_ADDRESS (host:port of the first), "
