@@ -3,11 +3,14 @@
     python -m experiments.data list
     python -m experiments.data check omniglot --data_dir=DIR
     python -m experiments.data prepare omniglot --data_dir=DIR
+    python -m experiments.data download omniglot --data_dir=DIR
 
 `list` prints every data set with its classes, its source and the layout expected in --data_dir.
 `check` reads every image of every split and says what is there (classes, images, the hash that a
 run records, images left out) and what is missing, and draws a contact sheet into --out. `prepare`
-builds the caches that a run would build first. Both keep what they decoded in the cache.
+builds the caches that a run would build first. Both keep what they decoded in the cache. `download`
+brings the official files of Omniglot, CIFAR-100 or CUB to --data_dir, held to their published
+SHA-256; what was cut off, the same command goes on with.
 """
 
 import re
@@ -17,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, source
+from experiments import cli, download, plots, source
 from experiments.progress import Watch
 from mgaug_jax import data
 
-POSITIONAL = "list, check NAME or prepare NAME"
+POSITIONAL = "list, check NAME, prepare NAME or download NAME"
 LAYOUT = re.compile(r"; give a data_dir[a-z ]*:$")
 """How a refusal leads over to the layout, which is printed once."""
 CLASSES, IMAGES = 6, 10
@@ -37,10 +40,13 @@ flags.DEFINE_string(
 def main(arguments: Sequence[str]) -> int:
     if arguments == ["list"]:
         show()
-    elif len(arguments) == 2 and arguments[0] in ("check", "prepare"):
+    elif len(arguments) == 2 and arguments[0] in ("check", "prepare", "download"):
         command, name = arguments
         if name not in data.DATASETS:
             raise cli.BadInput(f"{name!r} is no data set; known: {', '.join(data.DATASETS)}.")
+        if command == "download":
+            bring(name)
+            return 0
         found = read(name)
         if command == "check":
             out = Path(FLAGS.out or f"{name}-contact.png")
@@ -62,6 +68,19 @@ def show() -> None:
         classes = f"{sizes} classes to train / validate / test" if splits else "classes as found"
         print(f"{name}: {classes}; {dataset.source}")
         print("".join(f"    {line}\n" for line in dataset.tree.splitlines()))
+
+
+def bring(name: str) -> None:
+    """Downloads the official files of a data set."""
+    if name not in download.REMOTES:
+        raise cli.BadInput(
+            f"{name} has no files that can be downloaded here (it is from: "
+            f"{data.DATASETS[name].source}); known are those of {', '.join(download.REMOTES)}."
+        )
+    if FLAGS.data_dir is None:
+        raise cli.BadInput("download needs --data_dir, the folder to write to.")
+    for remote in download.REMOTES[name]:
+        download.fetch(remote, Path(FLAGS.data_dir), print)
 
 
 def read(name: str) -> dict[str, data.Manifest]:

@@ -103,7 +103,7 @@ def test_list_names_every_data_set_with_its_layout(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ((), "nothing was given; give list, check NAME or prepare NAME"),
+        ((), "nothing was given; give list, check NAME, prepare NAME or download NAME"),
         (("look",), "'look' is no command"),
         (("check",), "'check' is no command"),
         (("list", "glyphs"), "'list glyphs' is no command"),
@@ -112,6 +112,8 @@ def test_list_names_every_data_set_with_its_layout(monkeypatch, capsys):
         (("check", "glyphs", "--image_size=9"), "glyphs was asked for with other splits"),
         (("check", "folder", "--splits=none.json"), "splits=none.json was asked for, but"),
         (("check", "glyphs", "--out=no/folder.png"), "cannot write no/folder.png"),
+        (("download", "glyphs", "--data_dir=x"), "glyphs has no files that can be downloaded"),
+        (("download", "cub"), "download needs --data_dir"),
         (("check", "glyphs", "--no_such_flag=1"), "no_such_flag"),
     ],
 )

@@ -134,7 +134,7 @@ def test_lists_follow_their_rules():
                 assert neg.removesuffix("neg") == pos.removesuffix("pos") != neg
 
 
-@pytest.mark.parametrize("name", ["omniglot_vinyals", "mini_imagenet", "cub", "cifar"])
+@pytest.mark.parametrize("name", ["omniglot_vinyals", "mini_imagenet", "cub", "cifar", "downloads"])
 def test_lists_name_their_source(name):
     assert len(shipped(name)["source"]) > 20
 

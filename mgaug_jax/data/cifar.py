@@ -6,10 +6,14 @@ CIFAR-FS (Bertinetto et al., 2019) splits classes at random, 64 / 16 / 20; FC100
 are taken together. A class is named `superclass/class`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from mgaug_jax.data import pickles, pixels
 from mgaug_jax.data.files import Files, Found, from_files, shipped
+from mgaug_jax.data.prepared import Prepared
 from mgaug_jax.data.record import SPLITS, Dataset
 from mgaug_jax.data.trees import Tree
 
@@ -19,7 +23,10 @@ data_dir/
   cifar-100-python/    (or cifar-100-python.tar.gz, or data_dir is the archive)
     meta               names of classes and superclasses
     train              50,000 images
-    test               10,000 images"""
+    test               10,000 images
+or, prepared by TFDS with file_format="array_record",
+data_dir/
+  cifar100/3.0.2/      (or data_dir is this folder)"""
 
 
 def _find(files: Files, tree: Tree, split: str) -> Found:
@@ -52,6 +59,12 @@ def _content(tree: Tree, name: str) -> dict:
     return pickles.load(path, tree.read(path))
 
 
+def _label(features: Any, record: Mapping[str, Any]) -> str:
+    """The class of a record of TFDS."""
+    above, fine = (features[name].int2str(record[name]) for name in ("coarse_label", "label"))
+    return f"{above}/{fine}"
+
+
 def _dataset(name: str, splits: dict[str, tuple[str, ...]], count: int) -> Dataset:
     return from_files(
         Files(
@@ -62,6 +75,7 @@ def _dataset(name: str, splits: dict[str, tuple[str, ...]], count: int) -> Datas
             roots=dict.fromkeys(SPLITS, (ROOT,)),
             count=count,
             size=32,
+            tfds=Prepared("cifar100", _label),
             source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html",
         )
     )

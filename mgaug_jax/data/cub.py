@@ -6,6 +6,7 @@ and for the test (50 each).
 """
 
 from mgaug_jax.data.files import Files, Found, class_folders, from_files, shipped
+from mgaug_jax.data.prepared import Prepared
 from mgaug_jax.data.record import SPLITS, Dataset
 from mgaug_jax.data.trees import Tree
 
@@ -17,7 +18,10 @@ data_dir/
     images/
       001.Black_footed_Albatross/
         Black_Footed_Albatross_0001_796111.jpg ...
-      ...              200 classes, 11,788 images"""
+      ...              200 classes, 11,788 images
+or, prepared by TFDS with file_format="array_record",
+data_dir/
+  caltech_birds2011/0.2.0/  (or data_dir is this folder)"""
 
 
 def _find(files: Files, tree: Tree, split: str) -> Found:
@@ -37,6 +41,7 @@ def _find(files: Files, tree: Tree, split: str) -> Found:
 
 def dataset(classes: tuple[str, ...] | None = None) -> Dataset:
     """The data set of these classes, by default of all 200."""
+    total = 11_788 if classes is None else None
     classes = classes or tuple(shipped("cub")["classes"])
     return from_files(
         Files(
@@ -48,6 +53,11 @@ def dataset(classes: tuple[str, ...] | None = None) -> Dataset:
             count=None,
             size=84,
             keep=lambda name: name in ("images", "images.txt"),
+            tfds=Prepared(
+                "caltech_birds2011",
+                lambda features, record: classes[record["label"]],  # TFDS keeps the number alone
+                total=total,
+            ),
             source="Wah et al. 2011, https://www.vision.caltech.edu/datasets/cub_200_2011/",
         )
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mgaug_jax.data import pixels, trees
+from mgaug_jax.data import pixels, prepared, trees
 from mgaug_jax.data.ingest import Example, Unreadable, ingest
 from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options, Progress
 from mgaug_jax.data.trees import Tree
@@ -44,6 +44,7 @@ class Files(NamedTuple):
       official: Whether these are the official splits: then every class must be there, with all its
         images, and no other.
       skip: So many images of a split may be unreadable.
+      tfds: The same as a data set of TFDS, which `data_dir` may hold instead.
       source: Whose it is and where it can be had.
     """
 
@@ -61,6 +62,7 @@ class Files(NamedTuple):
     keep: Callable[[str], bool] = lambda name: True
     official: bool = True
     skip: int = 0
+    tfds: prepared.Prepared | None = None
     source: str = ""
 
 
@@ -68,17 +70,15 @@ def from_files(files: Files) -> Dataset:
     """The data set of a description; a build checks the source against it."""
 
     def fingerprint(split: str, data_dir: Path | None) -> dict[str, Any]:
-        with _refusals(files, split, data_dir) as places:
-            return {
-                root: trees.fingerprint(place, root, files.keep) for root, place in places.items()
-            }
+        with _refusals(files, split, data_dir) as (at, places):
+            return {root: trees.fingerprint(place, root, at.keep) for root, place in places.items()}
 
     def build(split: str, data_dir: Path | None, scratch: Path, progress: Progress) -> Decoded:
         with (
-            _refusals(files, split, data_dir) as places,
-            trees.opened(places, files.keep) as tree,
+            _refusals(files, split, data_dir) as (at, places),
+            trees.opened(places, at.keep) as tree,
         ):
-            found = files.find(files, tree, split)
+            found = at.find(at, tree, split)
             chosen = _chosen(files, found.images, split)
             order = {path: i for i, path in enumerate(tree.marks)}  # a tar is slow in any other
             pairs = [(key, name) for name, keys in chosen.items() for key in keys]
@@ -121,14 +121,17 @@ def from_files(files: Files) -> Dataset:
 
 
 @contextmanager
-def _refusals(files: Files, split: str, data_dir: Path | None) -> Iterator[dict[str, Path]]:
-    """Root -> place; what is wrong with them becomes a refusal that shows the expected tree, and
-    the SHA-256 of archives.
+def _refusals(
+    files: Files, split: str, data_dir: Path | None
+) -> Iterator[tuple[Files, dict[str, Path]]]:
+    """The description for what lies there, and root -> place; what is wrong with them becomes a
+    refusal that shows the expected tree, and the SHA-256 of archives.
     """
     places = {}
     try:
         if data_dir is None or not data_dir.exists():
             raise ValueError("there is no such folder")
+        files = _as_prepared(files, data_dir)
         for root in files.roots[split]:
             if (place := trees.locate(data_dir, root)) is None:
                 kinds = ", ".join(f"{root}{suffix}" for suffix in trees.ARCHIVES)
@@ -138,7 +141,7 @@ def _refusals(files: Files, split: str, data_dir: Path | None) -> Iterator[dict[
                     else f"it is neither a folder nor an archive (known are {kinds})"
                 )
             places[root] = place
-        yield places
+        yield files, places
     except Unreadable:
         raise
     except ValueError as error:
@@ -152,6 +155,19 @@ def _refusals(files: Files, split: str, data_dir: Path | None) -> Iterator[dict[
             f"{files.name} was asked for from {data_dir}, but {why}; give a data_dir that looks "
             f"like this:\n{files.tree}"
         ) from error
+
+
+def _as_prepared(files: Files, data_dir: Path) -> Files:
+    """The description for TFDS's form of the data set, if that lies there."""
+    if (by_tfds := files.tfds) is None or not data_dir.is_dir():
+        return files
+    if (root := prepared.locate(by_tfds, data_dir)) is None:
+        return files
+
+    def find(files: Files, tree: Tree, split: str) -> Found:
+        return Found(*prepared.read(by_tfds, data_dir / root, files.official))
+
+    return files._replace(find=find, roots=dict.fromkeys(SPLITS, (root,)), keep=lambda name: True)
 
 
 def _chosen(

@@ -8,11 +8,13 @@ validation split.
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from mgaug_jax.data import pixels
 from mgaug_jax.data.files import Files, Found, class_folders, from_files, shipped
+from mgaug_jax.data.prepared import Prepared
 from mgaug_jax.data.record import SPLITS, Dataset
 from mgaug_jax.data.trees import Tree
 
@@ -83,7 +85,10 @@ data_dir/
       ...
     ...                30 alphabets, 964 characters, 20 images each
   images_evaluation/   (or images_evaluation.zip)
-    ...                20 alphabets, 659 characters, 20 images each"""
+    ...                20 alphabets, 659 characters, 20 images each
+or, prepared by TFDS with file_format="array_record",
+data_dir/
+  omniglot/3.0.0/      (or data_dir is this folder)"""
 
 
 def decode(data: bytes, size: int) -> np.ndarray:
@@ -150,6 +155,12 @@ def _find(files: Files, tree: Tree, split: str) -> Found:
     return Found({**found[0], **found[1]}, tree.read)
 
 
+def _label(features: Any, record: Mapping[str, Any]) -> str:
+    """The character of a record of TFDS."""
+    alphabet = features["alphabet"].int2str(record["alphabet"])
+    return f"{alphabet}/character{record['alphabet_char_id'] + 1:02}"
+
+
 def _dataset(
     splits: Mapping[str, tuple[str, ...]],
     roots: Mapping[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ROOTS),
@@ -168,6 +179,7 @@ def _dataset(
             parameters={"resize": "LANCZOS from L, inverted"},
             mean=(0.0,),
             std=(1.0,),
+            tfds=Prepared("omniglot", _label),
             source="Lake et al. 2015, https://github.com/brendenlake/omniglot",
         )
     )
