@@ -1,4 +1,4 @@
-"""Which settings a sweep tries: `lr=log(0.001,0.1,5); std=0,0.3,1` to a list of points.
+"""Which settings a sweep tries: `LR=log(0.001,0.1,5); STD=0,0.3,1` to a list of points.
 
 All entry points share this; it holds no flags.
 """
@@ -24,6 +24,7 @@ class Axis(NamedTuple):
       values: Those that a grid takes; None if only a range is known.
       low, high: The range.
       log: Whether it is spread evenly on a logarithmic scale.
+      listed: Whether its values were given one by one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Axis(NamedTuple):
     low: float
     high: float
     log: bool
+    listed: bool = False
 
 
 def parse(text: str) -> list[Axis]:
@@ -43,7 +45,7 @@ def parse(text: str) -> list[Axis]:
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not name.isidentifier():
-            raise BadInput(f"{part!r} is not name=values, as in std=0,0.3 or lr=log(0.001,0.1,5).")
+            raise BadInput(f"{part!r} is not name=values, as in STD=0,0.3 or LR=log(0.001,0.1,5).")
         if name in axes:
             raise BadInput(f"--values gives {name} twice.")
         try:
@@ -54,7 +56,7 @@ def parse(text: str) -> list[Axis]:
                 f"linear(low,high,count) of numbers, low below high ({error})."
             ) from error
     if not axes:
-        raise BadInput("--values is missing; give it as in lr=log(0.001,0.1,5); std=0,0.3,1.")
+        raise BadInput("--values is missing; give it as in LR=log(0.001,0.1,5); STD=0,0.3,1.")
     return list(axes.values())
 
 
@@ -72,7 +74,7 @@ def _axis(name: str, value: str) -> Axis:
     if not np.isfinite(values).all():
         raise ValueError("all must be finite")
     log = len(values) > 2 and min(values) > 0 and max(values) > 20 * min(values)
-    return Axis(name, values, min(values), max(values), log)
+    return Axis(name, values, min(values), max(values), log, listed=True)
 
 
 def points(axes: list[Axis], design: str, count: int, seed: int) -> list[dict[str, float]]:
@@ -93,7 +95,7 @@ def points(axes: list[Axis], design: str, count: int, seed: int) -> list[dict[st
     if count < 1:
         raise BadInput(f"--points={count} must be 1 or more for a {design} design.")
     for axis in axes:
-        if axis.low == axis.high:
+        if axis.listed:
             raise BadInput(f"a {design} design needs a range of {axis.name}: log(a,b).")
     unit = _unit(len(axes), design, count, seed)
     return [

@@ -4,12 +4,13 @@ Every process of a run computes the same program; the first one alone writes and
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,14 +19,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments import runs
-from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, BadInput, Failed, NotFinite
+from experiments.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    BadInput,
+    Failed,
+    Interrupted,
+    NotFinite,
+)
 from mgaug_jax import sharding, tasks_at_once
 
 T = TypeVar("T")
 TEXT = 2000
 """Bytes of a refusal that the first process tells the others."""
-GONE = re.compile("UNKNOWN:|UNAVAILABLE:|INTERNAL:|DEADLINE_EXCEEDED:")
-"""What XLA says of a collective that failed, where JAX makes a ValueError of it."""
+GONE = re.compile("[Gg]loo|NCCL|UNAVAILABLE:|DEADLINE_EXCEEDED:|coordination service")
+"""What XLA says of a collective that failed."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -64,6 +72,52 @@ def join() -> None:
             f"the run's other processes cannot be joined ({str(error).splitlines()[0]}); set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each of them."
         ) from error
+    multihost_utils.process_allgather(np.zeros(1))  # connected while none of them is late
+
+
+def together(f: Callable[[], T]) -> T:
+    """`f()`, of every process; what one refuses, all do.
+
+    Raises:
+      BadInput: One of them did.
+    """
+    if jax.process_count() == 1:
+        return f()
+    found, refusal = None, ""
+    try:
+        found = f()
+    except BadInput as error:
+        refusal = str(error)
+    for number, text in enumerate(_texts(refusal)):
+        if text:
+            raise BadInput(text if number == jax.process_index() else f"process {number}: {text}")
+    return cast(T, found)
+
+
+def alike(what: dict[str, Any]) -> None:
+    """Refuses processes that would not compute the same.
+
+    Raises:
+      BadInput: One is given something else than the first.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in what.values()]
+    told = [text.split() for text in _texts(" ".join(digests))]
+    for number, other in enumerate(told):
+        differ = [name for name, a, b in zip(what, told[0], other, strict=True) if a != b]
+        if differ:
+            raise BadInput(
+                f"process {number} has another {' and '.join(differ)} than the first; give every "
+                "process the same."
+            )
+
+
+def _texts(text: str) -> list[str]:
+    """The texts of all processes."""
+    own = np.frombuffer(text.encode()[:TEXT].ljust(TEXT), np.uint8)
+    told = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, TEXT)
+    return [row.tobytes().decode(errors="ignore").strip() for row in told]
 
 
 def mesh() -> Mesh | None:
@@ -77,7 +131,7 @@ def mesh() -> Mesh | None:
     if asked is None:
         return None
     if asked != "all":
-        if not asked.isdigit() or not 0 < int(asked) <= len(devices):
+        if not asked.isdecimal() or not 0 < int(asked) <= len(devices):
             raise BadInput(
                 f"--mesh={asked} was asked for, but there are {len(devices)} devices; give a "
                 "number up to that, or all."
@@ -99,8 +153,8 @@ def place(made: runs.Setup) -> runs.Setup:
     over = mesh()
     if over is not None and (idle := -made.config.tasks % over.size):
         print(
-            f"note: {made.config.tasks} tasks on {over.size} devices leave {idle} without one; "
-            f"a multiple of {over.size} does not."
+            f"note: {made.config.tasks} tasks on {over.size} devices are filled up by {idle} that "
+            f"do not count; a multiple of {over.size} is not."
         )
     how = [tasks_at_once(FLAGS.tasks_at_once)] if FLAGS.tasks_at_once is not None else []
     return runs.on_devices(made, over, *how)
@@ -127,19 +181,7 @@ def on_first(f: Callable[[], T], otherwise: T) -> T:
     Raises:
       BadInput: The first did.
     """
-    if jax.process_count() == 1:
-        return f()
-    found, refusal = otherwise, ""
-    if first():
-        try:
-            found = f()
-        except BadInput as error:
-            refusal = str(error)
-    text = np.frombuffer(refusal.encode()[:TEXT].ljust(TEXT), np.uint8)
-    told = multihost_utils.broadcast_one_to_all(text)
-    if refusal := np.asarray(told).tobytes().decode(errors="ignore").strip():
-        raise BadInput(refusal)
-    return found
+    return together(f if first() else lambda: otherwise)
 
 
 def on_first_arrays(f: Callable[[], T], like: T) -> T:
@@ -171,12 +213,14 @@ def peers(how_to_go_on: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if jax.process_count() == 1 or isinstance(error, BadInput | NotFinite):
             raise  # all end by it
+        if isinstance(error, Interrupted):
+            _leave(str(error), EXIT_INTERRUPTED)
         if isinstance(error, Failed | OSError):
             _leave(str(error), EXIT_FAILED)
-        if isinstance(error, jax.errors.JaxRuntimeError) or GONE.match(str(error)):
+        if GONE.search(str(error)):
             why = str(error).splitlines()[0][:200]
             _leave(f"another process of the run is gone ({why}); {how_to_go_on}", EXIT_INTERRUPTED)
         _leave(traceback.format_exc(), EXIT_FAILED)
@@ -184,5 +228,6 @@ def peers(how_to_go_on: str) -> Iterator[None]:
 
 def _leave(why: str, code: int) -> None:
     sys.stdout.flush()
-    print(f"error: {why}", file=sys.stderr, flush=True)
+    what = "interrupted" if code == EXIT_INTERRUPTED else "error"
+    print(f"{what}: {why}", file=sys.stderr, flush=True)
     os._exit(code)

@@ -183,6 +183,12 @@ def on_devices(made: Setup, mesh: Mesh | None, *how: Modifier) -> Setup:
     return other._replace(splits=placed)
 
 
+def wide(tree: Any) -> Any:
+    """Floats as float64 where JAX_ENABLE_X64 says so."""
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype(float) if floating(leaf) else leaf, tree)
+
+
 def put(made: Setup, tree: Any) -> Any:
     """Arrays where the setup computes."""
     return tree if made.mesh is None else sharding.replicate(tree, made.mesh)
@@ -411,12 +417,7 @@ class Saved(NamedTuple):
 
 def begin(made: Setup) -> Saved:
     """What a run starts from."""
-
-    def init(key: Array) -> meta.State:  # in float64 where JAX_ENABLE_X64 says so
-        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
-        wide = lambda leaf: leaf.astype(float) if floating(leaf) else leaf
-        return jax.tree.map(wide, made.trainer.init(key))
-
+    init = lambda key: wide(made.trainer.init(key))
     state = compiled(made, init)(put(made, keys(made.config.seed)[0]))
     zero, none = put(made, (jnp.zeros((), jnp.int32), jnp.full((), jnp.nan)))
     return Saved(state, state.params, zero, none, zero)

@@ -104,6 +104,16 @@ def uses(text: str, name: str) -> bool:
     return any(called == name for called, _ in _parse(text)[1:])
 
 
+def names(text: str) -> set[str]:
+    """The names that stand in place of literals in a spec that parses as Python."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(text.strip())) if isinstance(node, ast.Call)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    values = [v for call in calls for v in (*call.args, *(word.value for word in call.keywords))]
+    return {value.id for value in values if isinstance(value, ast.Name)}
+
+
 def net(text: str, **fixed: Any) -> Callable[[int | None], Net]:
     """`way -> Net` of a network's spec, for images of shape `fixed["image"]` or `inputs` numbers.
 

@@ -1,12 +1,12 @@
-"""Trains a method with many settings and seeds as one program, and shows which setting is best.
+r"""Trains a method with many settings and seeds as one program, and shows which setting is best.
 
     python -m experiments.sweep --data=sinusoid --method='maml(lr=LR,steps=1)|noise(STD)' \
         --values='LR=log(0.001,0.1,5); STD=0,0.1,1; outer_lr=0.001,0.003' --seeds=3 --out=DIR
 
 Names in the spec stand for numbers that --values gives as lists, or as log(low,high,count) or
 linear(low,high,count); outer_lr is that of Adam in the outer loop. --design=random or sobol takes
---points of the ranges log(low,high) instead of every combination. Any number of a method can be
-varied; what changes its structure (steps, subnets, another method) cannot: methods separated by
+--points of the ranges log(low,high) instead of every combination. Any real number of a method can
+be varied; what changes its structure (steps, subnets, another method) cannot: methods separated by
 semicolons, with {a,b} for alternatives, are swept one after another.
 
 Settings times seeds are members of one program, as many at once as --memory_gb holds, spread over
@@ -19,10 +19,9 @@ sweep.json and sweep.png into --out. Interrupted, it saves and exits with 75; th
 on.
 """
 
-import csv
 import dataclasses
 import json
-import re
+import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, design, devices, plots, problem, runs, scoring, seeds, store
+from experiments import cli, design, devices, plots, problem, runs, scoring, seeds, spec, store
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, sharding, sweeps
 from mgaug_jax.evaluation import evaluate
@@ -42,6 +41,8 @@ from mgaug_jax.memory import taken
 from mgaug_jax.types import Array
 
 SECONDS, SAVE_SECONDS = 2.0, 120.0
+SCORES = ("validation", "test", "test_half_width", "test_step0", "loss")
+COLUMNS = ("method", "seed", *SCORES, "stopped")
 SHARED = 0
 """Seed of what all members of a sweep have in common."""
 
@@ -53,9 +54,9 @@ flags.DEFINE_string("values", None, "What the names stand for: LR=log(0.001,0.1,
 flags.DEFINE_string("design", "grid", f"How settings are chosen: {', '.join(design.DESIGNS)}.")
 flags.DEFINE_integer("points", 16, "Settings of a random or sobol design.")
 flags.DEFINE_integer("design_seed", 0, "Seed of a random or sobol design.")
-flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... that every setting is trained with.")
+flags.DEFINE_integer("seeds", 3, "How many seeds, 0, 1, ..., every setting is trained with.")
 flags.DEFINE_integer("episodes", 200, "Validation and test episodes per member.")
-flags.DEFINE_float("memory_gb", 4.0, "What the members that are trained at once may take.")
+flags.DEFINE_float("memory_gb", 4.0, "What members trained at once may take, per device.")
 flags.DEFINE_string("out", None, "Folder to write to.")
 
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     if FLAGS.method is None:
         raise cli.BadInput("--method is missing; --help shows an example.")
     if FLAGS.distributed:
-        raise cli.BadInput("a sweep runs in one process; give each host points of its own.")
+        raise cli.BadInput("a sweep runs in one process; start one per host, with --values apart.")
     if FLAGS.tasks_at_once is not None:
         raise cli.BadInput("--tasks_at_once is for single runs; lower --memory_gb instead.")
     for name in ("seeds", "episodes", "memory_gb"):
@@ -97,9 +98,12 @@ def check(made: runs.Setup, text: str, points: list[dict[str, float]]) -> None:
     Raises:
       BadInput: It does, or a name stands for nothing.
     """
-    for name in points[0].keys() - {"outer_lr"}:
-        if not re.search(rf"\b{name}\b", text):
-            raise cli.BadInput(f"--values gives {name}, which is not in {text!r}.")
+    for name in points[0].keys() - spec.names(text) - {"outer_lr"}:
+        raise cli.BadInput(
+            f"--values gives {name}, which no argument of {text!r} is; write argument={name} there."
+        )
+    if taken_names := points[0].keys() & set(COLUMNS):
+        raise cli.BadInput(f"{min(taken_names)} is a column of the table; call it otherwise.")
     for point in points:
         if point.get("outer_lr", 1) <= 0:
             raise cli.BadInput(f"outer_lr={point['outer_lr']} must be a positive number.")
@@ -124,12 +128,15 @@ def open_table(folder: Path, made: runs.Setup, axes, methods, points) -> dict[st
         "digests": made.digests,
     }
     empty = {"identity": identity, "metric": made.metric, "axes": [a.name for a in axes]}
-    try:
-        table = json.loads((folder / "sweep.json").read_text())
-    except (OSError, ValueError):
-        return {**empty, "rows": []}
+    if not (folder / "sweep.json").exists():
+        if any(path.name != store.LOCK for path in folder.iterdir()):
+            raise cli.BadInput(f"{folder} is not empty and holds no sweep; choose another --out.")
+        store.write_json(folder / "sweep.json", {**empty, "rows": []})
+    table = json.loads((folder / "sweep.json").read_text())
     if table.get("identity") != json.loads(json.dumps(identity)):
         raise cli.BadInput(f"{folder} holds a sweep with other flags; choose another --out.")
+    for row in table["rows"]:  # JSON has no NaN
+        row |= {name: float("nan") for name in SCORES if row[name] is None}
     return table
 
 
@@ -163,7 +170,9 @@ def sweep(made, text: str, number: int, points, folder: Path, table, stop) -> No
                 row["loss"] = float(losses[k, s])
                 row["stopped"] = int(stopped[k, s]) if stopped[k, s] >= 0 else None
                 table["rows"].append(row)
-        write(folder, table)
+        store.write_json(folder / "sweep.json", table)
+        store.write_csv(folder / "sweep.csv", table["rows"])
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def train(program, values, keys, label: str, place: Path, stop) -> tuple[sweeps.Members, Any]:
@@ -178,7 +187,10 @@ def train(program, values, keys, label: str, place: Path, stop) -> tuple[sweeps.
     losses = jnp.zeros(members.stopped.shape)
     step = 0
     if checkpoint.steps(place):
-        found = checkpoint.restore(place, (members, losses))
+        try:
+            found = checkpoint.restore(place, (members, losses))
+        except checkpoint.CheckpointError as error:
+            raise cli.BadInput(f"{error}; remove {place} to begin its members anew.") from error
         (members, losses), step = found.tree, found.step
         print(f"resumed at step {step}")
     members = jax.tree.map(jnp.array, members)
@@ -193,10 +205,11 @@ def train(program, values, keys, label: str, place: Path, stop) -> tuple[sweeps.
         if step > late:
             losses = losses + loss * count / (steps - late)
         alive = int((members.stopped < 0).sum())
-        progress.at(step, f"{alive} of {members.stopped.size} finite")
+        line = progress.at(step, f"{alive} of {members.stopped.size} finite")
         if stop.requested or time.monotonic() - saved > SAVE_SECONDS:
             checkpoint.save(place, step, (members, losses), keep=1)
             saved = time.monotonic()
+            print(f"{label}: {line}", flush=True)
         if stop.requested:
             progress.close()
             raise cli.Interrupted(f"saved at step {step}; the same command goes on.")
@@ -236,7 +249,11 @@ class Program:
         return self.at(first).method(jnp.zeros((), jnp.int32)).net
 
     def begin(self, values, keys: Array) -> sweeps.Members:
-        return jax.jit(partial(sweeps.begin, self.make, self._net(values)))(values, keys)
+        start = lambda values, keys: sweeps.begin(self.make, self._net(first), values, keys)
+        first = {name: np.asarray(value) for name, value in values.items()}
+        if "begin" not in self.compiled:
+            self.compiled["begin"] = jax.jit(lambda values, keys: runs.wide(start(values, keys)))
+        return self.compiled["begin"](values, keys)
 
     def _given(self, values, keys: Array, step: int, count: int):
         numbers = (np.int32(step), np.int32(count), jax.random.key(SHARED))
@@ -247,7 +264,8 @@ class Program:
 
     def fitting(self, points, keys, gigabytes: float) -> int:
         """How many settings are trained at once, by what the compiled program says it needs."""
-        size, least = len(points), 1 if self.made.mesh is None else self.made.mesh.size
+        least = 1 if self.made.mesh is None else self.made.mesh.size
+        size = -(-len(points) // least) * least
         while True:
             some = [points[i % len(points)] for i in range(size)]
             values = {name: jnp.array([point[name] for point in some]) for name in points[0]}
@@ -256,9 +274,11 @@ class Program:
             needed = taken(self._advance(values).lower(*given, members).compile()) / 1e9
             seeds = f"{size} settings x {len(keys[0])} seeds at once"
             print(f"{seeds}: {needed:.3f} GB per device", flush=True)
+            if needed > gigabytes and size <= least:
+                print(f"note: fewer cannot be, though --memory_gb={gigabytes} is less", flush=True)
             if needed <= gigabytes or size <= least:
                 return size
-            size = max(least, size // 2)
+            size = max(1, int(size * gigabytes / needed / 1.05) // least) * least
 
     def judge(self, values, members: sweeps.Members, split: str, seed: int):
         """Scores `[K, S, episodes]` on a split, in NumPy."""
@@ -278,17 +298,6 @@ class Program:
 
         whole, values = runs.put(made, ((scoring.episode_key(seed), made.splits[split]), values))
         return jax.device_get(self._compiled(split, judged)(whole, values, members.params))
-
-
-def write(folder: Path, table: dict[str, Any]) -> None:
-    """Writes sweep.json and sweep.csv."""
-    store.write_json(folder / "sweep.json", table)
-    temporary = folder / "sweep.csv.tmp"
-    with temporary.open("w", newline="") as file:
-        lines = csv.DictWriter(file, list(table["rows"][0]))
-        lines.writeheader()
-        lines.writerows(table["rows"])
-    temporary.replace(folder / "sweep.csv")
 
 
 def by_setting(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:

@@ -72,7 +72,21 @@ def _main(held: ExitStack) -> int:
     if FLAGS.skip_nonfinite < 0:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
-    made = devices.place(runs.setup(config, say=print, stream=FLAGS.stream))
+    made = devices.together(
+        lambda: devices.place(runs.setup(config, say=print, stream=FLAGS.stream))
+    )
+    devices.alike(
+        {
+            "flags": (
+                dataclasses.replace(config, data_dir=None, splits=None),
+                FLAGS.skip_nonfinite,
+                FLAGS.tasks_at_once,
+            ),
+            "data": made.digests,
+            "choice of streaming": [isinstance(d, streaming.Stored) for d in made.splits.values()],
+            "versions": store.versions(),
+        }
+    )
     folder = Path(FLAGS.out or "runs")
 
     def claimed() -> Path:

@@ -64,7 +64,8 @@ def evaluate(
     """
     learner = method.algorithm(method.net, method.test)
 
-    def episode(params: MetaParams, e: Array) -> Scores:
+    def episode(given: tuple[Array, MetaParams, Any], e: Array) -> Scores:
+        key, params, data = given
         k_sample, k_adapt = jax.random.split(jax.random.fold_in(key, e))
         task = jax.tree.map(lambda leaf: leaf[0], sample(k_sample, data))
         judge = lambda fast: score(learner.predict(fast, task.query.x), task.query.y)
@@ -74,4 +75,4 @@ def evaluate(
         )
 
     numbers = jnp.arange(episodes) if isinstance(episodes, int) else episodes
-    return over_tasks(method, episode, params, numbers)
+    return over_tasks(method, episode, (key, params, data), numbers)

@@ -52,7 +52,8 @@ def over_tasks(method: Method, f: Callable, params: Any, *batches: Any) -> Any:
     """`f(params, ...)` of every task along the leading axis T of `batches`, stacked: on the devices
     of the method's mesh if it has one, each mapping its share as `lowering.map_tasks` does.
 
-    What `f` differentiates must be in `params`, not closed over.
+    Every array that `f` reads must be in `params` or `batches`, not closed over: it would keep the
+    sharding that it has outside.
     """
 
     def one_device(params: Any, *batches: Any):

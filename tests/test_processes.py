@@ -93,6 +93,41 @@ def test_both_are_told_what_the_first_refuses(tmp_path):
     assert "is not empty" in said(tmp_path / "held", 1)
 
 
+def test_processes_that_would_not_compute_the_same_are_refused(tmp_path):
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pair = [launch(out, i, 10, f"--shot={2 + i}", port=port) for i in (0, 1)]
+    assert end(pair) == [2, 2]
+    for number in (0, 1):
+        assert "process 1 has another flags than the first" in said(out, number)
+    pair = [launch(out, i, 10 * i, port=port) for i in (0, 1)]
+    assert end(pair) == [2, 2]
+    assert "process 0: --steps=0 must be 1 or more" in said(out, 1)
+
+
+def test_images_are_trained_on_over_devices(tmp_path):
+    images = ["--data=glyphs", "--net=conv4(width=2)", "--method=protonet()", "--way=3", "--shot=1"]
+    images += ["--queries=2", "--test_queries=2", "--labels=exclusive", "--tasks=2"]
+    runs = [
+        launch(tmp_path / "one", 0, 2, *images),
+        launch(tmp_path / "two", 0, 2, *images, "--mesh=all", devices=2),
+    ]
+    assert end(runs) == [0, 0], said(tmp_path / "two", 0)
+    assert_close(saved(tmp_path / "two"), saved(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_a_signal_while_testing_ends_both(tmp_path):
+    out = tmp_path / "run"
+    processes = two(out, 10)
+    wait_for(out, "testing")
+    processes[1].send_signal(signal.SIGTERM)
+    codes = end(processes, 60)
+    assert set(codes) <= {0, 75}  # it may have been done before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_signal_to_one_stops_both_at_one_step(tmp_path, who):
@@ -109,18 +144,18 @@ def test_a_signal_to_one_stops_both_at_one_step(tmp_path, who):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_a_killed_peer_ends_the_other_plainly_and_the_run_goes_on(tmp_path, devices):
+@pytest.mark.parametrize(("devices", "killed"), [(1, 1), (2, 0), (4, 1)])
+def test_a_killed_peer_ends_the_other_plainly_and_the_run_goes_on(tmp_path, devices, killed):
     out, alone = tmp_path / "run", tmp_path / "alone"
     processes = two(out, 100_000)
     wait_for(out, "validation")
-    processes[1].kill()
+    processes[killed].kill()
     before = time.monotonic()
-    assert processes[0].wait(60) == 75, said(out, 0)
+    assert processes[1 - killed].wait(60) == 75, said(out, 1 - killed)
     assert time.monotonic() - before < 20  # twice the heartbeat
-    processes[1].wait()
-    assert "another process of the run is gone" in said(out, 0)
-    assert "stack trace" not in said(out, 0)
+    processes[killed].wait()
+    assert "another process of the run is gone" in said(out, 1 - killed)
+    assert "stack trace" not in said(out, 1 - killed)
     steps = checkpoint.steps(out / "checkpoints")[-1] + 5
     again = launch(out, 0, steps, "--resume", "--mesh=all", devices=devices)
     assert end([again, launch(alone, 0, steps)]) == [0, 0], said(out, 0)

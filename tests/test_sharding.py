@@ -128,6 +128,21 @@ def images():
     return mg.Images(pixels, jnp.full(4, 6, jnp.int32), jnp.zeros(1), jnp.ones(1))
 
 
+@many
+def test_images_are_drawn_where_they_are_evaluated():
+    method = mg.fomaml(dense(), lr=0.1, steps=1)
+    params = doubled(method.algorithm(method.net, method.inner).init(jax.random.key(0)))
+    pixels = images().pixels[:, :, :8, :8]
+    data = images()._replace(pixels=pixels, mean=jnp.zeros(1, float), std=jnp.ones(1, float))
+
+    def scores(method, key, params, data):
+        return mg.evaluate(method, key, params, mg.sampler(3, 1, 2, 1), data, 16)
+
+    one, eight = both(method, scores)
+    arguments = jax.random.key(2), params, data
+    assert_close(eight(*arguments), one(*arguments))
+
+
 def training(method, key, state, data):
     learner = mg.trainer(method, optax.adam(1e-3))
     return run(learner, mg.sampler(3, 1, 2, 8), key, state, data, 5)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import design, runs, scoring, store
+from experiments import design, runs, scoring, spec, store
 from experiments.cli import BadInput
 from mgaug_jax import meta
 from mgaug_jax.evaluation import evaluate
@@ -64,6 +64,12 @@ def test_points_fill_their_ranges_evenly_on_their_scale(kind):
     np.testing.assert_allclose((unit**2).mean(0), 1 / 3, atol=tolerance)
     assert design.points(axes, kind, 512, 3) == points
     assert design.points(axes, kind, 512, 4) != points
+
+
+def test_only_names_of_arguments_count():
+    assert spec.names("maml(lr=LR,steps=1)|noise(STD)") == {"LR", "STD"}
+    assert spec.names("maml(lr=0.1)|noise(0.1)") == set()
+    assert spec.names("maml(lr=") == set()
 
 
 BAD = {
@@ -132,6 +138,8 @@ def test_a_sweep_is_its_single_runs_and_goes_on_where_it_was(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "judging" not in again.stdout
     assert (tmp_path / "sweep.csv").read_bytes() == before
+    table = json.loads((tmp_path / "sweep.json").read_text())
+    assert {row["LR"] for row in table["rows"]} == {0.01, 1e30}
     other = run(tmp_path, steps=7)
     assert other.returncode == 2
     assert "holds a sweep with other flags" in other.stderr
@@ -169,7 +177,9 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
 def test_names_must_match_and_values_be_possible(tmp_path):
     one = run(tmp_path, values="LR=0.01; STD=1; K=2")
     assert one.returncode == 2
-    assert "gives K, which is not in" in one.stderr
+    assert "gives K, which no argument of" in one.stderr
+    column = run(tmp_path, values="LR=0.01; STD=1; seed=2")
+    assert column.returncode == 2
     negative = run(tmp_path, values="LR=0.01; STD=-1,1")
     assert negative.returncode == 2
     assert "STD=-1" in negative.stderr
