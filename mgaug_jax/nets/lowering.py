@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mgaug_jax.nets import winograd
 from mgaug_jax.types import Array, Net
 
-PIXELS = 4096
+PIXELS = 1024
 """On a CPU a convolution takes about so many positions of its images at a time."""
 FEW = 8
 """A convolution of fewer channels, in or out, is a product of patches, else Winograd's."""
