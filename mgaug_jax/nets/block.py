@@ -83,8 +83,9 @@ def _gradient(x, kernel, scale, bias, statistics, chosen, dz, first):
 
     found = lowering.sum_of_some(some, x, chosen, dz)
     _, transpose = jax.vjp(lambda *args: _folded(*args, *statistics), kernel, scale, bias)
+    # The images' gradient is seldom asked for, and XLA leaves out what nobody uses.
     dx = _composed_gradient(first, dz, x, kernel, scale, bias)[0]
-    return dx, *transpose(found)  # of images: seldom used, and nothing is computed then
+    return dx, *transpose(found)
 
 
 def _composed_gradient(first: int | None, dz: Array, *inputs: Array) -> tuple[Array, ...]:

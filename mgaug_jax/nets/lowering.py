@@ -4,9 +4,9 @@ XLA lowers a convolution that is vmapped over its kernels to a grouped convoluti
 gradient of `reduce_window` to select-and-scatter; both are slow on CPU and on GPU. Here a
 convolution is a product of image patches with the kernel matrix or, 3x3 with enough channels,
 Winograd's sixteen smaller products; a 2x2 max pool takes four strided slices and comes before the
-norm. All is products and slices under `vmap`, `scan` and any number of reverse-mode derivatives.
-On a CPU a convolution goes through a few images at a time, so that what it makes on the way stays
-in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by `jax.custom_vjp`.
+norm (`nets.block` joins the three). All is products and slices under `vmap`, `scan` and any number
+of reverse-mode derivatives. On a CPU a convolution goes through a few images at a time, so that
+what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by `jax.custom_vjp`.
 """
 
 import functools
