@@ -6,7 +6,8 @@ convolution is a product of image patches with the kernel matrix or, 3x3 with en
 Winograd's sixteen smaller products; a 2x2 max pool takes four strided slices and comes before the
 norm (`nets.block` joins the three). All is products and slices under `vmap`, `scan` and any number
 of reverse-mode derivatives. On a CPU a convolution goes through a few images at a time, so that
-what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by `jax.custom_vjp`.
+what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by
+`jax.custom_vjp`.
 """
 
 import functools
