@@ -15,7 +15,8 @@ steadiest.
 
 Peers: `loop` (plain eager PyTorch, channels last, one task after another), `torch.func` (vmap over
 tasks; sinusoids and small images alone), `higher` and `torchopt` (FoMAML and MAML) where they are
-installed. PyTorch comes with `pip install -e '.[bench]'`; --peers= times this library alone. The
+installed. learn2learn and parallel-metalearn have no adapter and are not compared; the output says
+so. PyTorch comes with `pip install -e '.[bench]'`; --peers= times this library alone. The
 sweep has no peer: it is a batch of configurations beside the same one after another. What the
 methods of the catalogue cost beside FoMAML is measured by `experiments.catalogue`, one task after
 another beside a batch of them by `experiments.lowering`.
@@ -77,10 +78,15 @@ def main(arguments: Sequence[str]) -> int:
         "threads": len(turns.processors()),
         "matmul": rates,
         "missing": peers.missing() if peers else [],
+        "without_adapter": list(peers.WITHOUT_ADAPTER) if peers else [],
         "workloads": {},
     }
     print(f"float32 product of 2048x2048 matrices, GFLOP/s: {shown(rates, 1e9)}")
-    print(f"peers that are not installed: {', '.join(table['missing']) or 'none'}", flush=True)
+    print(f"peers that are not installed: {', '.join(table['missing']) or 'none'}")
+    print(
+        f"peers without an adapter here: {', '.join(table['without_adapter']) or 'none'}",
+        flush=True,
+    )
     peak = FLAGS.peak_f32 * 1e12 if FLAGS.peak_f32 else max(rates.values())
     failed = 0
     names = FLAGS.only or list(known)

@@ -246,6 +246,9 @@ PEERS = {
     "torchopt": Peer("torchopt", by_torchopt, _plain),
 }
 
+WITHOUT_ADAPTER = ("learn2learn", "parallel-metalearn")
+"""Peers of the field that nothing here calls."""
+
 
 def missing() -> list[str]:
     """Peers that cannot be imported here."""

@@ -28,6 +28,7 @@ from mgaug_jax import (
     wp,
 )
 from mgaug_jax.nets import backbones, layers, lowering, winograd
+from mgaug_jax.nets.block import block
 from mgaug_jax.types import Examples
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -306,6 +307,12 @@ def plain_norm_relu_pool(y, scale, bias, first):
     return nn.relu(functools.reduce(jnp.maximum, entries))
 
 
+def plain_block(x, kernel, scale, bias, first):
+    y = lax_conv(x, kernel, 1, len(kernel) // 2)
+    return plain_norm_relu_pool(y, scale, bias, first)
+
+
+BLOCKS = block, plain_block
 SCALES = jnp.array([1.5, -0.7, 0.3])
 
 
@@ -349,6 +356,64 @@ def test_norm_relu_pool_sends_the_gradient_of_a_tie_to_the_first_entry(x64, scal
     want = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
     rate = 1 / np.sqrt(np.var(np.asarray(y[0])) + 1e-5)
     np.testing.assert_allclose(grad, scale * rate * want, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "inputs", "first", "pixels"),
+    [(3, 2, None, 4096), (3, 2, 2, 80), (1, 3, 3, 80), (3, 8, 2, 4096)],
+)
+def test_block_and_its_first_two_derivatives_equal_the_composition(
+    x64, monkeypatch, size, inputs, first, pixels
+):
+    monkeypatch.setattr(lowering, "PIXELS", pixels)  # 80: an image of 7x10 at a time
+    keys = jax.random.split(jax.random.key(size), 2)
+    x = 2 + jax.random.normal(keys[0], (4, 7, 10, inputs))
+    kernel = jax.random.normal(keys[1], (size, size, inputs, 3))
+    args = x, kernel, SCALES.astype(float), jnp.array([0.4, 0.1, -0.2])
+    got, want = (derivatives(lambda *args, f=f: f(*args, first), *args) for f in BLOCKS)
+    close(got, want)
+
+
+def test_block_equals_the_composition_under_vmap_inside_scan(x64, monkeypatch):
+    monkeypatch.setattr(lowering, "PIXELS", 50)  # one image at a time
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 2))
+    kernels = jax.random.normal(jax.random.key(1), (3, 4, 3, 3, 2, 3))  # 3 at once, 4 in turn
+
+    def chain(f):
+        def total(x, kernels):
+            def body(shift, kernel):
+                scale, bias = kernel[0, 0]
+                return shift + jnp.mean(jnp.sin(f(x * (1 + shift), kernel, scale, bias, 1))), None
+
+            return jax.lax.scan(body, 0.0, kernels)[0]
+
+        squares = lambda *args: sum(jnp.sum(g**2) for g in jax.grad(total, (0, 1))(*args))
+        return jax.jit(jax.vmap(jax.value_and_grad(squares, (0, 1)), (None, 0)))(x, kernels)
+
+    close(*map(chain, BLOCKS))
+
+
+@pytest.mark.parametrize(
+    ("scale", "chosen"), [(1, (0, 1, 0, 0)), (-1, (0, 0, -1, 0)), (0, (0, 1, 0, 0))]
+)
+def test_block_takes_the_first_of_equal_entries(x64, scale, chosen):
+    """Of a channel with scale 0 all are equal, and the gradient by the scale names the entry."""
+    x = jnp.zeros((2, 4, 4, 1)).at[0].set(jax.random.normal(jax.random.key(0), (4, 4, 1)))
+    x = x.at[1, 0, 2].set(1).at[1, 3, 1].set(-1)  # first of upper right, last of lower left
+    total = lambda scale: jnp.sum(block(x, jnp.ones((1, 1, 1, 1)), scale, jnp.ones(1) * 9, 1)[1])
+    got = jax.jit(jax.grad(total))(jnp.full(1, float(scale)))
+    mean, std = np.mean(x[0]), np.sqrt(np.var(x[0]) + 1e-5)
+    np.testing.assert_allclose(got[0], sum((entry - mean) / std for entry in chosen), rtol=1e-12)
+
+
+def test_no_variance_of_a_block_is_negative():
+    """A map that cancels but for rounding, of images whose squares are large."""
+    x = 1e3 * jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    x = jnp.concatenate([x, 3 * x], -1)
+    kernel = jnp.array([[3.0], [-1.0]]) * jax.random.normal(jax.random.key(1), (20,))
+    total = lambda kernel: jnp.sum(block(x, kernel, jnp.ones(20), jnp.ones(20)))
+    found = jax.jit(jax.value_and_grad(total))(kernel.reshape(1, 1, 2, 20))
+    assert all(jnp.isfinite(leaf).all() for leaf in found)
 
 
 def test_a_bias_before_a_norm_does_nothing(x64):

@@ -11,6 +11,7 @@ from flax import linen as nn
 from mgaug_jax.checks import check_count
 from mgaug_jax.nets import lowering
 from mgaug_jax.nets.adapters import net_of
+from mgaug_jax.nets.block import block
 from mgaug_jax.nets.layers import BatchNorm, Conv, Dense, normal_fan_out
 from mgaug_jax.types import Array, Net, Role
 
@@ -27,8 +28,11 @@ class ConvNet(nn.Module):
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
         stop = self.depth if stop is None else stop
         for i in range(start, stop):
-            x = Conv(self.width, added=False, name=f"conv{i}")(x)
-            x = BatchNorm(self.first, pool=True, name=f"norm{i}")(x)
+            # The convolution's bias is a parameter that does nothing: the norm would take it away,
+            # and what rounding makes of its gradient.
+            kernel, _ = Conv(self.width, name=f"conv{i}").parameters(x.shape[-1])
+            scale, bias = BatchNorm(name=f"norm{i}").parameters(self.width)
+            x = block(x, kernel, scale, bias, self.first)
         if stop < self.depth:
             return x
         # Channels first, as PyTorch flattens: `Dense` on a smaller map then takes the rows that
@@ -93,9 +97,9 @@ class ResNet(nn.Module):
             x = nn.relu(BatchNorm(self.first, name="norm")(x))
             x = lowering.max_pool_3x3(x)
         for stage in range(start, stop):
-            for block in range(self.blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage}_block{block}"
+            for i in range(self.blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                name = f"stage{stage}_block{i}"
                 x = BasicBlock(64 * 2**stage, stride, self.first, name=name)(x)
         if stop < 4:
             return x

@@ -24,49 +24,47 @@ def normal_fan_out(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Arr
 
 
 class Conv(nn.Module):
-    """`kernel [size, size, in, features]`, with a bias unless told otherwise.
-
-    A bias that is not `added` is a parameter that does nothing, as it would before a norm, which
-    takes away whatever is added to all examples: a pass over the map is saved, and one backwards,
-    and its gradient is 0, not what rounding makes of it.
-    """
+    """`kernel [size, size, in, features]`, with a bias unless told otherwise."""
 
     features: int
     size: int = 3
     stride: int = 1
     use_bias: bool = True
-    added: bool = True
     kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        fan_in = self.size**2 * x.shape[-1]
-        shape = (self.size, self.size, x.shape[-1], self.features)
+    def parameters(self, inputs: int) -> tuple[Array, Array | None]:
+        """Kernel and bias for images of so many channels."""
+        fan_in = self.size**2 * inputs
+        shape = (self.size, self.size, inputs, self.features)
         kernel = self.param("kernel", self.kernel_init or uniform_fan_in(fan_in), shape)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", uniform_fan_in(fan_in), (self.features,))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.parameters(x.shape[-1])
         y = lowering.conv(x, kernel, self.stride, self.size // 2)
-        if self.use_bias:
-            bias = self.param("bias", uniform_fan_in(fan_in), (self.features,))
-            y = y + bias if self.added else y
-        return y
+        return y if bias is None else y + bias
 
 
 class BatchNorm(nn.Module):
     """`scale (x - mean) / sqrt(var + 1e-5) + bias`, statistics over batch, height and width.
 
     The statistics are those of the first `first` examples, of all when it is None: there are no
-    running averages, so evaluation is transductive unless the caller says otherwise. With `pool` a
-    ReLU and a 2x2 max pool follow.
+    running averages, so evaluation is transductive unless the caller says otherwise.
     """
 
     first: int | None = None
-    pool: bool = False
 
     @nn.compact
+    def parameters(self, features: int) -> tuple[Array, Array]:
+        """Scale and bias `[features]`."""
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        return scale, self.param("bias", nn.initializers.zeros, (features,))
+
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        if self.pool:
-            return lowering.norm_relu_pool(x, scale, bias, self.first)
+        scale, bias = self.parameters(x.shape[-1])
         mean, var = lowering.moments(x, self.first)
         return (x - mean) * (scale * jax.lax.rsqrt(var + lowering.EPSILON)) + bias
 

@@ -4,13 +4,15 @@ XLA lowers a convolution that is vmapped over its kernels to a grouped convoluti
 gradient of `reduce_window` to select-and-scatter; both are slow on CPU and on GPU. Here a
 convolution is a product of image patches with the kernel matrix or, 3x3 with enough channels,
 Winograd's sixteen smaller products; a 2x2 max pool takes four strided slices and comes before the
-norm. All is products and slices under `vmap`, `scan` and any number of reverse-mode derivatives.
-On a CPU a convolution goes through a few images at a time, so that what it makes on the way stays
-in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by `jax.custom_vjp`.
+norm (`nets.block` joins the three). All is products and slices under `vmap`, `scan` and any number
+of reverse-mode derivatives. On a CPU a convolution goes through a few images at a time, so that
+what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by
+`jax.custom_vjp`.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from mgaug_jax.nets import winograd
 from mgaug_jax.types import Array, Net
 
-PIXELS = 4096
+PIXELS = 1024
 """On a CPU a convolution takes about so many positions of its images at a time."""
 FEW = 8
 """A convolution of fewer channels, in or out, is a product of patches, else Winograd's."""
@@ -68,12 +70,17 @@ def norm_relu_pool(y: Array, scale: Array, bias: Array, first: int | None = None
     Raises:
       ValueError: The map has fewer than 2 rows or columns.
     """
-    if min(y.shape[1:3]) < 2:
+    check_halves(y)
+    return _norm_relu_pool(y, scale, bias, first)
+
+
+def check_halves(x: Array) -> None:
+    """Raises ValueError if a map `[n, h, w, c]` has fewer than 2 rows or columns."""
+    if min(x.shape[1:3]) < 2:
         raise ValueError(
-            f"A map of {y.shape[1]}x{y.shape[2]} cannot be halved; the images are too small for "
+            f"A map of {x.shape[1]}x{x.shape[2]} cannot be halved; the images are too small for "
             "this network. Use larger ones."
         )
-    return _norm_relu_pool(y, scale, bias, first)
 
 
 # A norm is monotone in every channel, so the pool may come first: of every window the largest entry
@@ -83,7 +90,7 @@ def norm_relu_pool(y: Array, scale: Array, bias: Array, first: int | None = None
 
 
 def _windows(y: Array) -> list[Array]:
-    return _taps(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], 2, 2, 2)
+    return taps(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], 2, 2, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -138,7 +145,7 @@ _norm_relu_pool.defvjp(_norm_relu_pool_fwd, _norm_relu_pool_bwd)
 def max_pool_3x3(x: Array) -> Array:
     """Largest of every 3x3 window, stride 2, padding 1 (the stem of a ResNet)."""
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    return functools.reduce(_larger, _taps(x, 3, 3, 2))
+    return functools.reduce(_larger, taps(x, 3, 3, 2))
 
 
 def _larger(x: Array, y: Array) -> Array:
@@ -165,7 +172,7 @@ def map_tasks(net: Net, f: Callable, *batches, at_once: int | None = None):
     return jax.lax.map(lambda args: f(*args), batches, batch_size=batch_size)
 
 
-def _taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
+def taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
     """The `kh kw` shifted, strided slices `[n, h', w', in]` of a padded `x`."""
     rows = stride * ((x.shape[1] - kh) // stride) + 1
     columns = stride * ((x.shape[2] - kw) // stride) + 1
@@ -174,18 +181,22 @@ def _taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
     ]
 
 
-def _patches(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """`[n, h', w', kh kw in]`, the taps in the order of a flattened HWI kernel."""
+def padded(x: Array, padding: int) -> Array:
+    """Zeros on every side of images `[n, h, w, c]`."""
     # lax.pad: jnp.pad is a jit of its own, and jax 0.10 mixes up a scan's residuals when the
     # body's custom_vjp rules hold one and are differentiated twice.
     none, pad = (0, 0, 0), (padding, padding, 0)
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), (none, pad, pad, none))
-    return jnp.concatenate(_taps(x, kh, kw, stride), axis=-1)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), (none, pad, pad, none))
+
+
+def patches(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+    """`[n, h', w', kh kw in]`, the taps in the order of a flattened HWI kernel."""
+    return jnp.concatenate(taps(padded(x, padding), kh, kw, stride), axis=-1)
 
 
 def _product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     kh, kw, _, out = kernel.shape
-    return _patches(x, kh, kw, stride, padding) @ kernel.reshape(-1, out)
+    return patches(x, kh, kw, stride, padding) @ kernel.reshape(-1, out)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
@@ -202,21 +213,21 @@ def _same(x: Array, kernel: Array) -> Array:
     size, _, inputs, out = kernel.shape
     if size == 3 and min(inputs, out) >= FEW:
         taps = winograd.kernel(kernel)
-        return _some_at_a_time(lambda x: winograd.convolve(x, taps), x)
-    return _some_at_a_time(lambda x: _product(x, kernel, 1, size // 2), x)
+        return some_at_a_time(lambda x: winograd.convolve(x, taps), x)
+    return some_at_a_time(lambda x: _product(x, kernel, 1, size // 2), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _correlate(x: Array, y: Array, size: int) -> Array:
     """Gradient of `sum(y * _same(x, kernel))` by the kernel, `[size, size, in, out]`."""
     if size == 3 and min(x.shape[-1], y.shape[-1]) >= FEW:
-        return winograd.kernel_transpose(_sum_of_some(winograd.correlate, x, y))
+        return winograd.kernel_transpose(sum_of_some(winograd.correlate, x, y))
 
     def flat(x: Array, y: Array) -> Array:
         # the kernel's transpose, since XLA multiplies `y^T x` faster than `x^T y` on a CPU
-        return jnp.einsum("nhwo,nhwk->ok", y, _patches(x, size, size, 1, size // 2))
+        return jnp.einsum("nhwo,nhwk->ok", y, patches(x, size, size, 1, size // 2))
 
-    return _sum_of_some(flat, x, y).T.reshape(size, size, x.shape[-1], y.shape[-1])
+    return sum_of_some(flat, x, y).T.reshape(size, size, x.shape[-1], y.shape[-1])
 
 
 def _chunk(x: Array) -> int:
@@ -232,21 +243,23 @@ def _chunks(x: Array) -> Array:
     return x.reshape(-1, _chunk(x), *x.shape[1:])
 
 
-def _some_at_a_time(f: Callable[[Array], Array], x: Array) -> Array:
-    """`f(x)`, image by image or some at a time."""
+def some_at_a_time(f: Callable[[Array], Any], x: Array) -> Any:
+    """`f(x)`, arrays with a row per image, image by image or some at a time."""
     if _chunk(x) == len(x):
         return f(x)
     made = jax.lax.map(f, _chunks(x))
-    return made.reshape(len(x), *made.shape[2:])
+    return jax.tree.map(lambda a: a.reshape(len(x), *a.shape[2:]), made)
 
 
-def _sum_of_some(f: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
-    """`f(x, y)`, which is a sum over images, image by image or some at a time."""
-    if _chunk(x) == len(x):
-        return f(x, y)
-    add = lambda total, some: (total + f(*some), None)
-    x, y = _chunks(x), _chunks(y)
-    return jax.lax.scan(add, f(x[0], y[0]), (x[1:], y[1:]))[0]
+def sum_of_some(f: Callable[..., Any], *args: Array) -> Any:
+    """`f(*args)`, sums over images, image by image or some at a time (the first argument's)."""
+    count = _chunk(args[0])
+    if count == len(args[0]):
+        return f(*args)
+    args = tuple(a.reshape(-1, count, *a.shape[1:]) for a in args)
+    add = lambda total, some: (jax.tree.map(jnp.add, total, f(*some)), None)
+    head, tail = (jax.tree.map(lambda a, part=part: a[part], args) for part in (0, slice(1, None)))
+    return jax.lax.scan(add, f(*head), tail)[0]
 
 
 def _adjoint(kernel: Array) -> Array:

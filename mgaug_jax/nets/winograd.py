@@ -7,6 +7,7 @@ in]` and `[in, out]`. The transforms are sums and differences of strided slices,
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
@@ -14,15 +15,17 @@ G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 
 def kernel(g: Array) -> Array:
     """`G g G^T`: `[3, 3, in, out] -> [16, in, out]`."""
-    matrix = jnp.asarray(G, g.dtype)
-    return jnp.einsum("ai,bj,ijco->abco", matrix, matrix, g).reshape(16, *g.shape[2:])
+    return (_squares(g.dtype) @ g.reshape(9, -1)).reshape(16, *g.shape[2:])
 
 
 def kernel_transpose(taps: Array) -> Array:
     """The transpose of `kernel`: `[16, in, out] -> [3, 3, in, out]`."""
-    matrix = jnp.asarray(G, taps.dtype)
-    square = taps.reshape(4, 4, *taps.shape[1:])
-    return jnp.einsum("ai,bj,abco->ijco", matrix, matrix, square)
+    return (_squares(taps.dtype).T @ taps.reshape(16, -1)).reshape(3, 3, *taps.shape[1:])
+
+
+def _squares(dtype) -> Array:
+    """`[16, 9]`: the map `g -> G g G^T` of flattened matrices, one product in place of two."""
+    return jnp.asarray(np.kron(G, G), dtype)
 
 
 def convolve(x: Array, taps: Array) -> Array:
