@@ -149,6 +149,8 @@ def test_a_killed_peer_ends_the_other_plainly_and_the_run_goes_on(tmp_path, devi
     out, alone = tmp_path / "run", tmp_path / "alone"
     processes = two(out, 100_000)
     wait_for(out, "validation")
+    while not checkpoint.steps(out / "checkpoints"):
+        time.sleep(0.05)
     processes[killed].kill()
     before = time.monotonic()
     assert processes[1 - killed].wait(60) == 75, said(out, 1 - killed)
