@@ -85,6 +85,9 @@ def _share(n: int, keep: Array, plus: float = 0) -> Array:
 
 def _keep_ties(scores: Array, number: Array) -> Array:
     """The scores up to the one that follows the `number` largest, and all that equal it."""
+    # Without the barrier XLA may compute the scores twice, rounded otherwise, and the weight whose
+    # score is the threshold is then above it (seen: other masks on one device than on eight).
+    scores = jax.lax.optimization_barrier(scores)
     return scores <= jnp.sort(scores, descending=True)[number]
 
 
