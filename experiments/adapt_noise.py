@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs, scoring, seeds, spec, store, vocabulary
+from experiments import cli, loading, problem, scoring, seeds, spec, store, vocabulary
 from mgaug_jax import perturb
 from mgaug_jax.types import MetaParams, Modifier
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     problem.adopt_protocol()
     _check()
     folder = store.output(FLAGS.out)
-    made = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
+    made = loading.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
     if made.permuted is None:
         raise cli.BadInput(
             "these tasks have nothing that could be memorised by name, so label memory cannot lead "

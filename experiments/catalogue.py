@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, runs, store
-from mgaug_jax import meta
+from experiments import cli, loading, runs, store
+from mgaug_jax import loops
 
 FOMAML, PROTONET = "fomaml(lr=0.01,steps=5)", "protonet()"
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         print(ROWS[FLAGS.spec].spec)
         return 0
     folder = store.output(FLAGS.out)
-    first = runs.setup(config(ROWS["fomaml"].spec), say=print)
+    first = loading.setup(config(ROWS["fomaml"].spec), say=print)
     base, _ = trained(first)
     table: dict[str, Any] = {}
     for name in names:
@@ -156,7 +156,7 @@ def trained(made: runs.Setup) -> tuple[Callable[[], Any], np.ndarray]:
     """
     k_init, k_train = runs.keys(made.config.seed)
     state = jax.jit(made.trainer.init)(k_init)
-    go = jax.jit(partial(meta.run, made.trainer, made.sample), static_argnames="steps")
+    go = jax.jit(partial(loops.run, made.trainer, made.sample), static_argnames="steps")
     state, info = go(k_train, state, made.splits["train"], steps=made.config.steps)
     losses = np.asarray(info["loss"])
     if not np.isfinite(losses).all():

@@ -1,132 +1,23 @@
-"""On which devices an entry point computes: flags, the other processes of a run, agreement.
-
-Every process of a run computes the same program; the first one alone writes and speaks.
-"""
-
-import contextlib
-import hashlib
-import os
-import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+"""On which devices an entry point computes."""
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from experiments import runs
-from experiments.cli import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    BadInput,
-    Failed,
-    Interrupted,
-    NotFinite,
-)
-from mgaug_jax import sharding, tasks_at_once
-
-T = TypeVar("T")
-TEXT = 2000
-"""Bytes of a refusal that the first process tells the others."""
-GONE = re.compile("[Gg]loo|NCCL|UNAVAILABLE:|DEADLINE_EXCEEDED:|coordination service")
-"""What XLA says of a collective that failed."""
+from experiments.cli import BadInput
+from mgaug_jax import sharding
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "mesh", None, "Spread tasks over devices: a number of them, or all (of all hosts)."
-)
-flags.DEFINE_integer(
-    "tasks_at_once", None, "Tasks that a device computes together. Default: what is fastest."
-)
-flags.DEFINE_bool(
-    "distributed",
-    False,
-    "Join the run's other processes: as JAX_COORDINATOR_ADDRESS (host:port of the first), "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID say, or Slurm, Open MPI or a TPU pod. Takes all devices.",
-)
-flags.DEFINE_integer("heartbeat", 100, "Seconds after which a silent process counts as dead.")
+flags.DEFINE_string("mesh", None, "Spread the work over devices: a number of them, or all.")
 
 
-def join() -> None:
-    """Joins the other processes if `--distributed` asks for it; before anything else of JAX.
-
-    Raises:
-      BadInput: They cannot be joined.
-    """
-    if not FLAGS.distributed:
-        return
-    number = lambda name: int(os.environ[name]) if name in os.environ else None
-    try:
-        jax.distributed.initialize(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"),
-            number("JAX_NUM_PROCESSES"),
-            number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=FLAGS.heartbeat,
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise BadInput(
-            f"the run's other processes cannot be joined ({str(error).splitlines()[0]}); set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each of them."
-        ) from error
-    multihost_utils.process_allgather(np.zeros(1))  # connected while none of them is late
-
-
-def together(f: Callable[[], T]) -> T:
-    """`f()`, of every process; what one refuses, all do.
-
-    Raises:
-      BadInput: One of them did.
-    """
-    if jax.process_count() == 1:
-        return f()
-    found, refusal = None, ""
-    try:
-        found = f()
-    except BadInput as error:
-        refusal = str(error)
-    for number, text in enumerate(_texts(refusal)):
-        if text:
-            raise BadInput(text if number == jax.process_index() else f"process {number}: {text}")
-    return cast(T, found)
-
-
-def alike(what: dict[str, Any]) -> None:
-    """Refuses processes that would not compute the same.
-
-    Raises:
-      BadInput: One is given something else than the first.
-    """
-    if jax.process_count() == 1:
-        return
-    digests = [hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in what.values()]
-    told = [text.split() for text in _texts(" ".join(digests))]
-    for number, other in enumerate(told):
-        differ = [name for name, a, b in zip(what, told[0], other, strict=True) if a != b]
-        if differ:
-            raise BadInput(
-                f"process {number} has another {' and '.join(differ)} than the first; give every "
-                "process the same."
-            )
-
-
-def _texts(text: str) -> list[str]:
-    """The texts of all processes."""
-    own = np.frombuffer(text.encode()[:TEXT].ljust(TEXT), np.uint8)
-    told = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, TEXT)
-    return [row.tobytes().decode(errors="ignore").strip() for row in told]
-
-
-def mesh() -> Mesh | None:
-    """The devices that `--mesh` names, None for the default one.
+def mesh(default: str | None = None) -> Mesh | None:
+    """The devices that `--mesh` names, or else `default`; None for the usual one.
 
     Raises:
       BadInput: There are fewer.
     """
-    asked = "all" if FLAGS.distributed and FLAGS.mesh is None else FLAGS.mesh
+    asked = default if FLAGS.mesh is None else FLAGS.mesh
     devices = jax.devices()
     if asked is None:
         return None
@@ -140,94 +31,3 @@ def mesh() -> Mesh | None:
             raise BadInput(f"--mesh={asked}: several processes use all devices; leave it out.")
         devices = devices[: int(asked)]
     return sharding.mesh(devices)
-
-
-def place(made: runs.Setup) -> runs.Setup:
-    """The setup with its tasks on the devices that the flags name.
-
-    Raises:
-      BadInput: There are fewer, or none at once makes sense.
-    """
-    if FLAGS.tasks_at_once is not None and FLAGS.tasks_at_once < 1:
-        raise BadInput(f"--tasks_at_once={FLAGS.tasks_at_once} must be 1 or more.")
-    over = mesh()
-    if over is not None and (idle := -made.config.tasks % over.size):
-        print(
-            f"note: {made.config.tasks} tasks on {over.size} devices are filled up by {idle} that "
-            f"do not count; a multiple of {over.size} is not."
-        )
-    how = [tasks_at_once(FLAGS.tasks_at_once)] if FLAGS.tasks_at_once is not None else []
-    return runs.on_devices(made, over, *how)
-
-
-def first() -> bool:
-    """Whether this process is the one that writes."""
-    return jax.process_index() == 0
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing is printed but by the first process."""
-    if first():
-        yield
-    else:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            yield
-
-
-def on_first(f: Callable[[], T], otherwise: T) -> T:
-    """`f()` on the first process, `otherwise` on the others, once the first has it.
-
-    Raises:
-      BadInput: The first did.
-    """
-    return together(f if first() else lambda: otherwise)
-
-
-def on_first_arrays(f: Callable[[], T], like: T) -> T:
-    """`f()` of the first process, on all: arrays in the tree and the shapes of `like`.
-
-    Raises:
-      BadInput: The first did.
-    """
-    found = on_first(f, like)
-    if jax.process_count() == 1:
-        return found
-    return multihost_utils.broadcast_one_to_all(jax.device_get(found))
-
-
-def agree(stop: bool, steps: int) -> tuple[bool, int]:
-    """Whether any process is to stop, and the number of steps of the one that wants the fewest."""
-    if jax.process_count() == 1:
-        return stop, steps
-    told = multihost_utils.process_allgather(np.array([not stop, steps]))
-    go, steps = np.asarray(told).reshape(-1, 2).min(0)
-    return not go, int(steps)
-
-
-@contextlib.contextmanager
-def peers(how_to_go_on: str) -> Iterator[None]:
-    """Ends this process, and says why, when another one is gone or this one alone must end.
-
-    At once, not by an exception: on the way out JAX would wait for the others, then abort.
-    """
-    try:
-        yield
-    except (Exception, Interrupted) as error:
-        if jax.process_count() == 1 or isinstance(error, BadInput | NotFinite):
-            raise  # all end by it
-        if isinstance(error, Interrupted):
-            _leave(str(error), EXIT_INTERRUPTED)
-        if isinstance(error, Failed | OSError):
-            _leave(str(error), EXIT_FAILED)
-        if GONE.search(str(error)):
-            why = str(error).splitlines()[0][:200]
-            _leave(f"another process of the run is gone ({why}); {how_to_go_on}", EXIT_INTERRUPTED)
-        _leave(traceback.format_exc(), EXIT_FAILED)
-
-
-def _leave(why: str, code: int) -> None:
-    sys.stdout.flush()
-    what = "interrupted" if code == EXIT_INTERRUPTED else "error"
-    print(f"{what}: {why}", file=sys.stderr, flush=True)
-    os._exit(code)

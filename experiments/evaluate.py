@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, runs, scoring, source, store
+from experiments import cli, loading, runs, scoring, source, store
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "Folder of the run.")
@@ -74,9 +74,9 @@ def _setup(config: runs.Config, folder: Path) -> runs.Setup:
     if options.pop("size") is not None:
         raise cli.BadInput("--image_size is the run's; leave it out.")
     if FLAGS.data is not None:
-        return runs.on_other(config, FLAGS.data, options, print, FLAGS.stream)
+        return loading.on_other(config, FLAGS.data, options, print, FLAGS.stream)
     given = {name: value for name, value in options.items() if value}
-    made = runs.setup(dataclasses.replace(config, **given), say=print, stream=FLAGS.stream)
+    made = loading.setup(dataclasses.replace(config, **given), say=print, stream=FLAGS.stream)
     store.check_digests(folder, made)
     return made
 

@@ -30,9 +30,9 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import cli, problem, runs, scoring, seeds, store
+from experiments import cli, loading, problem, runs, scoring, seeds, store
 from experiments.progress import Progress
-from mgaug_jax import meta, weighting
+from mgaug_jax import loops, meta, weighting
 from mgaug_jax.evaluation import evaluate
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, MetaParams, Modifier, Task
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     problem.adopt_protocol()
     _check()
     folder = store.output(FLAGS.out)
-    made = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
+    made = loading.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
     begin, keys = seeds.begin(made, FLAGS.seeds)
     trained, _ = seeds.train(made, FLAGS.seeds, "phase 1, train")
     tasks = [probed_tasks(made, number) for number in range(len(turns()) if FLAGS.stream else 1)]
@@ -206,7 +206,7 @@ def retrain(made: runs.Setup, trained, states, keys: Array, tasks: list[Task], c
         def one(key: Array, state, stored: MetaParams | None):
             at = lambda step: change(stored)(made.method(step)) if change else made.method(step)
             learner = meta.trainer(at, optimizer)
-            return meta.run(learner, made.sample, key, state, data, count)
+            return loops.run(learner, made.sample, key, state, data, count)
 
         return map_tasks(method.net, one, keys, states, stored)
 

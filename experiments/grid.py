@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, store
+from experiments import cli, loading, plots, problem, runs, store
 from experiments.seeds import COLUMNS, expand, measured, over_seeds, train
 
 FLAGS = flags.FLAGS
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput("--seeds and --episodes must be 1 or more.")
     methods = expand(FLAGS.methods)
     folder = store.output(FLAGS.out)
-    first = runs.setup(problem.config(methods[0], 0, FLAGS.steps), say=print)
+    first = loading.setup(problem.config(methods[0], 0, FLAGS.steps), say=print)
     made = {text: runs.with_method(first, text) for text in methods}  # refuses before it trains
     table = open_table(folder, first)
     shown: dict[str, dict[str, Any]] = {}

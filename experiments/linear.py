@@ -17,7 +17,8 @@ import optax
 from experiments.seeds import over_seeds
 from mgaug_jax import bounds, divergences, maml, meta, mgaug
 from mgaug_jax.divergences import LAWS
-from mgaug_jax.meta import run, trainer
+from mgaug_jax.loops import run
+from mgaug_jax.meta import trainer
 from mgaug_jax.types import Array, Examples, MetaParams, Method, Net, Probe, Role, Task
 
 NOISE = [0.05 * 2**i for i in range(8)]

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, problem, runs, store
+from experiments import cli, loading, plots, problem, runs, store
 from experiments.scoring import drawn
 from experiments.seeds import over_seeds, train
 from mgaug_jax import analysis, weighting
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     specs = {"0": FLAGS.method}
     specs |= {std: f"{FLAGS.method}|{FLAGS.noise.replace('{}', std)}" for std in FLAGS.stds}
     folder = store.output(FLAGS.out)
-    plain = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps))
+    plain = loading.setup(problem.config(FLAGS.method, 0, FLAGS.steps))
     made = {std: runs.with_method(plain, text) for std, text in specs.items()}
     rows: dict[str, dict[str, Any]] = {}
     base = None

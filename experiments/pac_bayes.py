@@ -42,7 +42,8 @@ import optax
 from experiments import linear, pictures, pruned
 from mgaug_jax import bounds, cp, data, divergences, fomaml, nets, sampler
 from mgaug_jax.divergences import LAWS
-from mgaug_jax.meta import run, trainer
+from mgaug_jax.loops import run
+from mgaug_jax.meta import trainer
 
 SHORT = bool(os.environ.get("PAC_BAYES_SHORT"))
 WIDTH, STEPS, TASKS = (4, 2, 4) if SHORT else (8, 200, 200)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, runs, store
+from experiments import cli, loading, runs, store
 from mgaug_jax import data
 from mgaug_jax.data.files import SUFFIXES
 from mgaug_jax.data.ingest import BROKEN, decoded
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     queries = images_below(Path(FLAGS.query_dir))
     shown = [path for paths in classes.values() for path in paths]
     pixels = {path: read(dataset, path) for path in [*shown, *queries]}
-    made = runs.for_images(
+    made = loading.for_images(
         config, pixels[queries[0]].shape, jnp.array(dataset.mean), jnp.array(dataset.std)
     )
 

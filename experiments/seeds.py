@@ -13,7 +13,7 @@ import numpy as np
 from experiments import runs, scoring
 from experiments.cli import BadInput, NotFinite
 from experiments.progress import Progress
-from mgaug_jax import meta
+from mgaug_jax import loops, meta
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, MetaParams, Modifier
 
@@ -53,7 +53,7 @@ def train(
     def chunk(keys: Array, states: meta.State, values: Any, data: Any, count: int):
         def one(key: Array, state: meta.State, value: Any):
             trainer = runs.trainer(made.config, lambda step: change(value)(made.method(step)))
-            return meta.run(trainer, made.sample, key, state, data, count)
+            return loops.run(trainer, made.sample, key, state, data, count)
 
         return map_tasks(method.net, one, keys, states, values)
 

@@ -33,7 +33,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, design, devices, plots, problem, runs, scoring, seeds, spec, store
+from experiments import (
+    cli,
+    design,
+    devices,
+    loading,
+    plots,
+    problem,
+    runs,
+    scoring,
+    seeds,
+    spec,
+    store,
+)
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, sharding, sweeps
 from mgaug_jax.evaluation import evaluate
@@ -65,10 +77,6 @@ def main(arguments: Sequence[str]) -> int:
     problem.adopt_protocol()
     if FLAGS.method is None:
         raise cli.BadInput("--method is missing; --help shows an example.")
-    if FLAGS.distributed:
-        raise cli.BadInput("a sweep runs in one process; start one per host, with --values apart.")
-    if FLAGS.tasks_at_once is not None:
-        raise cli.BadInput("--tasks_at_once is for single runs; lower --memory_gb instead.")
     for name in ("seeds", "episodes", "memory_gb"):
         if getattr(FLAGS, name) <= 0:
             raise cli.BadInput(f"--{name} must be above 0.")
@@ -77,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     methods = seeds.expand(FLAGS.method)
     folder = store.output(FLAGS.out)
     plain = problem.config("fomaml", 0, FLAGS.steps)
-    made = runs.on_devices(runs.setup(plain, say=print), devices.mesh())
+    made = runs.on_devices(loading.setup(plain, say=print), devices.mesh())
     for text in methods:
         check(made, text, points)
     with store.locked(folder), cli.Interruption() as stop:

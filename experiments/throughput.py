@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs
-from mgaug_jax import meta
+from experiments import cli, loading, problem, runs
+from mgaug_jax import loops
 from mgaug_jax.data import streaming
 
 FLAGS = flags.FLAGS
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     config = problem.config(FLAGS.method, 0, 1)
     if config.data == runs.SINUSOID:
         raise cli.BadInput("sinusoids are computed, not loaded; give --data of images.")
-    made = runs.setup(config, say=print, stream="yes")
+    made = loading.setup(config, say=print, stream="yes")
     stored = made.splits["train"]
     used = config.tasks * config.way * (config.shot + config.queries)
     shape = " x ".join(map(str, stored.pixels.shape[2:]))
@@ -61,7 +61,7 @@ def measured(made: runs.Setup, stored: streaming.Stored) -> dict[str, list[float
     key, state = runs.keys(0)[1], runs.begin(made).state
     gather = streaming.gatherer(made.sample, stored)
     sample = streaming.either(made.sample)
-    step = jax.jit(partial(meta.advance, made.trainer, sample, capacity=FLAGS.block))
+    step = jax.jit(partial(loops.advance, made.trainer, sample, capacity=FLAGS.block))
 
     @jax.jit
     def draw(key, first, images):

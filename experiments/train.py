@@ -19,7 +19,6 @@ the machine refuses (a full disk).
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,9 +31,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, devices, plots, problem, runs, scoring, source, store
+from experiments import (
+    cli,
+    devices,
+    folders,
+    loading,
+    plots,
+    problem,
+    processes,
+    runs,
+    scoring,
+    source,
+    store,
+)
 from experiments.progress import Progress
-from mgaug_jax import checkpoint, memory, meta
+from mgaug_jax import checkpoint, loops, memory, meta, tasks_at_once
 from mgaug_jax.data import streaming
 
 CHUNK = 25
@@ -46,6 +57,10 @@ SAVES = 3
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
 flags.adopt_module_key_flags(devices)
+flags.adopt_module_key_flags(processes)
+flags.DEFINE_integer(
+    "tasks_at_once", None, "Tasks that a device computes together. Default: what is fastest."
+)
 flags.DEFINE_string("method", "fomaml(lr=0.1,steps=5)|cp(keep=0.98)", "Spec of the method.")
 flags.DEFINE_integer("eval_every", 100, "Meta-steps between validations and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of the initial network and of training.")
@@ -62,104 +77,83 @@ flags.DEFINE_bool(
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    devices.join()
-    with devices.quiet(), ExitStack() as held:
-        return _main(held)
+    processes.join()
+    with processes.quiet(), processes.peers(), ExitStack() as held:
+        made = processes.together(prepared)
+        processes.alike(what_decides(made))
+        folder = processes.on_first(lambda: claimed(made, held), Path())
+        folder = Path(processes.text_of_first(str(folder)))
+        print(f"{made.config.method} on {made.config.task} -> {folder}")
+        judge = scoring.evaluator(made)
+        started = time.monotonic()
+        with cli.Interruption() as stop:
+            fresh = runs.begin(made)
+            begun = lambda: folders.begin(made, folder, fresh)
+            saved = processes.on_first_arrays(begun, fresh)
+            if processes.first():
+                store.write_config(folder, made)
+            train(made, judge, folder, saved, stop, FLAGS.skip_nonfinite)
+        again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
+        with cli.Interruption(at_once=again):
+            scoring.print_results(report(made, judge, folder, saved, started))
+    return 0
 
 
-def _main(held: ExitStack) -> int:
+def prepared() -> runs.Setup:
+    """What the flags say, on the devices that they name.
+
+    Raises:
+      BadInput: They make no sense.
+    """
     problem.adopt_protocol()
     if FLAGS.skip_nonfinite < 0:
         raise cli.BadInput(f"--skip_nonfinite={FLAGS.skip_nonfinite} must be 0 or more.")
     config = problem.config(FLAGS.method, FLAGS.seed, FLAGS.eval_every)
-    made = devices.together(
-        lambda: devices.place(runs.setup(config, say=print, stream=FLAGS.stream))
-    )
-    devices.alike(
-        {
-            "flags": (
-                dataclasses.replace(config, data_dir=None, splits=None),
-                FLAGS.skip_nonfinite,
-                FLAGS.tasks_at_once,
-            ),
-            "data": made.digests,
-            "choice of streaming": [isinstance(d, streaming.Stored) for d in made.splits.values()],
-            "versions": store.versions(),
-        }
-    )
-    folder = Path(FLAGS.out or "runs")
+    return place(loading.setup(config, say=print, stream=FLAGS.stream))
 
-    def claimed() -> Path:
-        resume = FLAGS.resume or (
-            FLAGS.requeue and FLAGS.out is not None and (folder / "config.json").exists()
+
+def what_decides(made: runs.Setup) -> dict[str, Any]:
+    """All that must be the same in every process of a run; files may lie anywhere."""
+    config = dataclasses.replace(made.config, data_dir=None, splits=None)
+    streamed = [isinstance(split, streaming.Stored) for split in made.splits.values()]
+    return {
+        "flags": (config, FLAGS.skip_nonfinite, FLAGS.tasks_at_once),
+        "data": made.digests,
+        "choice of streaming": streamed,
+        "versions": store.versions(),
+    }
+
+
+def claimed(made: runs.Setup, held: ExitStack) -> Path:
+    """The run's folder, locked for as long as `held` is.
+
+    Raises:
+      BadInput: It is another's, or in use.
+    """
+    there = FLAGS.out is not None and (Path(FLAGS.out) / "config.json").exists()
+    resume = FLAGS.resume or (FLAGS.requeue and there)
+    folder = folders.run_folder(made, FLAGS.out, resume)
+    held.enter_context(store.locked(folder))
+    folders.claim(made, folder, resume)
+    return folder
+
+
+def place(made: runs.Setup) -> runs.Setup:
+    """The setup with its tasks on the devices that the flags name.
+
+    Raises:
+      BadInput: There are fewer, or none at once makes sense.
+    """
+    if FLAGS.tasks_at_once is not None and FLAGS.tasks_at_once < 1:
+        raise cli.BadInput(f"--tasks_at_once={FLAGS.tasks_at_once} must be 1 or more.")
+    mesh = devices.mesh("all" if FLAGS.distributed else None)
+    if mesh is not None and (more := -made.config.tasks % mesh.size):
+        print(
+            f"note: {made.config.tasks} tasks are filled up by {more} that do not count; a "
+            f"multiple of {mesh.size}, the number of devices, is not."
         )
-        own = run_folder(made, FLAGS.out, resume)
-        held.enter_context(store.locked(own))
-        claim(made, own, resume)
-        return own
-
-    folder = devices.on_first(claimed, folder)
-    print(f"{config.method} on {config.task} -> {folder}")
-    judge = scoring.evaluator(made)
-    started = time.monotonic()
-    again = f"go on with the same flags and --resume --out={folder}."
-    with cli.Interruption() as stop, devices.peers(again):
-        fresh = runs.begin(made)
-        saved = devices.on_first_arrays(lambda: begin(made, folder, fresh), fresh)
-        if devices.first():
-            store.write_config(folder, made)
-        train(made, judge, folder, saved, stop, FLAGS.skip_nonfinite)
-    again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
-    with cli.Interruption(at_once=again), devices.peers(again):
-        scoring.print_results(report(made, judge, folder, saved, started))
-    return 0
-
-
-def run_folder(made: runs.Setup, out: str | None, resume: bool) -> Path:
-    """The folder to write to, made if need be.
-
-    Raises:
-      BadInput: It cannot be.
-    """
-    if out is None and resume:
-        raise cli.BadInput("--resume needs --out, the folder of the run to continue.")
-    folder = Path(out) if out else _fresh(Path("runs") / slug(made.config))
-    if resume and not (folder / "config.json").exists():
-        raise cli.BadInput(f"{folder} holds no run to resume; leave --resume out to start one.")
-    return store.output(str(folder))
-
-
-def claim(made: runs.Setup, folder: Path, resume: bool) -> None:
-    """Refuses a folder that is not that of this run.
-
-    Raises:
-      BadInput: It holds a run and `resume` is not set, the run in it is another one, or it holds
-        something else.
-    """
-    if (folder / "config.json").exists():
-        if not resume:
-            raise cli.BadInput(
-                f"{folder} holds a run already; continue it with --resume or choose another --out."
-            )
-        store.same_run(store.read_config(folder), made.config, folder)
-        store.check_digests(folder, made)
-    elif any(path.name not in (store.LOCK, "config.json.tmp") for path in folder.iterdir()):
-        raise cli.BadInput(f"{folder} is not empty; choose another --out.")
-
-
-def slug(config: runs.Config) -> str:
-    """A file name that tells the run."""
-    text = f"{config.task}-{config.method}-seed{config.seed}"
-    return re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_")[:150]
-
-
-def _fresh(folder: Path) -> Path:
-    """`folder`, or with the first free number behind it."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}_{number}")
-    return free
+    how = [tasks_at_once(FLAGS.tasks_at_once)] if FLAGS.tasks_at_once is not None else []
+    return runs.on_devices(made, mesh, *how)
 
 
 def train(
@@ -181,16 +175,16 @@ def train(
     key = runs.keys(config.seed)[1]
     k_train = runs.put(made, key)
     sample = streaming.either(made.sample)
-    chunk = partial(meta.advance, made.trainer, sample, capacity=CHUNK)
+    chunk = partial(loops.advance, made.trainer, sample, capacity=CHUNK)
     advance = runs.compiled(made, chunk, donate_argnums=1)
     done = int(saved.state.step)
     state = runs.put(made, jax.tree.map(jnp.array, saved.state))  # a copy: it is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
     failures, on_disk = 0, done
-    stopping, size = devices.agree(stop.requested, 1)
+    stopping, size = processes.agree(stop.requested, 1)
     feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK)
-    with store.Records(folder if devices.first() else None, done) as records, feed as at:
+    with store.Records(folder if processes.first() else None, done) as records, feed as at:
         while done < config.steps and not stopping:
             to_evaluation = config.eval_every - done % config.eval_every
             data, end = at(done)
@@ -229,7 +223,7 @@ def train(
                 saved = saved._replace(state=state)
                 failures = save(made, folder, saved, failures, last=stop.requested)
                 on_disk = done if not failures else on_disk
-            stopping, size = devices.agree(stop.requested, size)
+            stopping, size = processes.agree(stop.requested, size)
         progress.close()
         if stopping and on_disk != done:
             save(made, folder, saved._replace(state=state), 0, last=True)
@@ -280,7 +274,7 @@ def save(made: runs.Setup, folder: Path, saved: runs.Saved, failures: int, last:
     Raises:
       Failed: It did `SAVES` times, or there is no other chance.
     """
-    if not devices.first():
+    if not processes.first():
         return 0
     try:
         store.save(made, folder, saved)
@@ -310,35 +304,6 @@ def not_finite(finite: dict[str, np.ndarray]) -> str:
     return "" if finite["parameters"] else "parameters, optimiser state or objective"
 
 
-def begin(made: runs.Setup, folder: Path, fresh: runs.Saved) -> runs.Saved:
-    """The newest checkpoint, the records cut back to it; or `fresh`, if none was ever saved.
-
-    Raises:
-      BadInput: The run was already trained for longer, none of its checkpoints can be read, or it
-        was finished and they are gone.
-    """
-    checkpoints = folder / "checkpoints"
-    checkpoint.clean(checkpoints)
-    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-        if (folder / "results.json").exists():
-            raise cli.BadInput(
-                f"{folder} holds results but its checkpoints are gone; restore them, or choose "
-                "another --out."
-            )
-        if store.read_records(folder):
-            print("no checkpoint was saved yet: beginning at step 0")
-            (folder / "metrics.jsonl").replace(folder / "metrics.jsonl.old")
-        return fresh
-    saved = store.restore(made, folder, resume=True)
-    done = int(saved.state.step)
-    if done > made.config.steps:
-        raise cli.BadInput(f"{folder} is at step {done} already; give --steps={done} or more.")
-    records = [record for record in store.read_records(folder) if record["step"] <= done]
-    store.write_records(folder, records)
-    print(f"resumed at step {done}")
-    return saved
-
-
 def is_better(metric: str, value: float, best: float) -> bool:
     """Whether a validation score is the best; of equals the later is, and what is not finite never.
     `best` is NaN at first.
@@ -362,7 +327,7 @@ def report(
     made: runs.Setup, judge, folder: Path, like: runs.Saved, started: float
 ) -> dict[str, Any]:
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
-    saved = devices.on_first_arrays(lambda: store.restore(made, folder), like)
+    saved = processes.on_first_arrays(lambda: store.restore(made, folder), like)
     step = int(saved.best_step)
     seed, count = scoring.TEST_SEED, scoring.TEST_EPISODES
     print(f"testing the parameters of step {step} on {count} episodes", flush=True)
@@ -380,7 +345,7 @@ def report(
         "versions": store.versions(),
     }
     identity = scoring.episode_identity(made, count, seed)
-    if not devices.first():
+    if not processes.first():
         return results
     store.save_episodes(folder, scores, identity)
     store.write_json(folder / "results.json", results)

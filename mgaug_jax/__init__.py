@@ -25,8 +25,9 @@ from mgaug_jax.episodes import Images, sample_task, sampler
 from mgaug_jax.evaluation import evaluate, interval
 from mgaug_jax.judging import metamix, multi_step_loss, reptile
 from mgaug_jax.learners import descend, inductive, prototypes, transductive
+from mgaug_jax.loops import run
 from mgaug_jax.memory import tasks_at_once
-from mgaug_jax.meta import State, Trainer, meta_gradient, run, subnet, trainer, view
+from mgaug_jax.meta import State, Trainer, meta_gradient, subnet, trainer, view
 from mgaug_jax.methods import anil, first_order, fomaml, freeze, lslr, maml, meta_sgd, protonet
 from mgaug_jax.modifiers import compose, cp, mgaug, pp, wp
 from mgaug_jax.outer import fresh_optimizer, l2, weight_decay

@@ -63,7 +63,7 @@ def advance(
     count: int | Array,
     shared: Array,
 ) -> tuple[Members, Array]:
-    """`count` meta-steps of every member, as `meta.run` makes them of each.
+    """`count` meta-steps of every member, as `loops.run` makes them of each.
 
     The loop over steps is outside, so that what depends on the step alone is not batched: a choice
     of branches (sub-networks switched on, their resolution) computes the chosen one.

@@ -9,7 +9,7 @@ import pytest
 from conftest import refused, start
 from PIL import Image
 
-from experiments import compare, evaluate, runs, scoring, store
+from experiments import compare, evaluate, loading, runs, scoring, store
 from mgaug_jax.data import DATASETS, describe, load, on_disk, pixels
 
 CONFIG = runs.Config(
@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch, glyph_cache):
     monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
     folder = tmp_path / "run"
     folder.mkdir()
-    made = runs.for_images(CONFIG, (28, 28, 1), jnp.zeros(1), jnp.ones(1))
+    made = loading.for_images(CONFIG, (28, 28, 1), jnp.zeros(1), jnp.ones(1))
     store.write_config(folder, made)
     store.save(made, folder, runs.begin(made))
     return folder
@@ -71,11 +71,11 @@ def test_a_run_on_glyphs_is_tested_on_own_images(stream, run, own, monkeypatch, 
             images.append(255 - np.asarray(grey))
     expected = np.reshape(images, (3, 4, 28, 28, 1))
     np.testing.assert_array_equal(on_disk("folder", "test", **like).pixels, expected)
-    made = runs.for_images(CONFIG, (28, 28, 1), jnp.zeros(1), jnp.ones(1))
+    made = loading.for_images(CONFIG, (28, 28, 1), jnp.zeros(1), jnp.ones(1))
     params = store.restore(made, run).best
     learner = made.tested.algorithm(made.tested.net, made.tested.test)
     k_sample, k_adapt = jax.random.split(jax.random.fold_in(scoring.episode_key(20), 4))
-    drawn = runs._episode(CONFIG, {"test": on_disk("folder", "test", **like)})
+    drawn = loading._episode(CONFIG, {"test": on_disk("folder", "test", **like)})
     pixel_images = load("glyphs", "test")._replace(
         pixels=jnp.asarray(expected), counts=jnp.full(3, 4)
     )

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from conftest import refused, start
 
-from experiments import cli, compare, evaluate, runs, scoring, spec, store, train, vocabulary
+from experiments import cli, compare, evaluate, loading, scoring, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def finished(tmp_path_factory, glyph_cache):
 
 
 def final_state(folder: Path):
-    return store.restore(runs.setup(store.read_config(folder)), folder)
+    return store.restore(loading.setup(store.read_config(folder)), folder)
 
 
 def test_run_leaves_everything_behind(finished):

@@ -24,10 +24,11 @@ import optax
 import pytest
 from conftest import make_tasks, refused, start
 
-from experiments import cli, plots, runs, scoring, store, train
-from mgaug_jax import checkpoint, maml, meta, nets, trainer
+from experiments import cli, loading, plots, runs, scoring, store, train
+from mgaug_jax import checkpoint, loops, maml, meta, nets, trainer
+from mgaug_jax.loops import advance
 from mgaug_jax.losses import squared_error
-from mgaug_jax.meta import advance, meta_gradient
+from mgaug_jax.meta import meta_gradient
 from mgaug_jax.types import Examples, Task
 
 ROOT = Path(__file__).parents[1]
@@ -275,7 +276,7 @@ def test_advance_is_run_whatever_the_number_of_steps_and_compiles_once():
     go = jax.jit(counted)
     state = made.init(jax.random.key(0))
     for count in range(1, 7):
-        want, rows = jax.jit(partial(meta.run, made, sample, steps=count))(
+        want, rows = jax.jit(partial(loops.run, made, sample, steps=count))(
             jax.random.key(5), state, tasks
         )
         got, info, filled = go(jax.random.key(5), state, tasks, count)
@@ -316,7 +317,7 @@ def small_tests(monkeypatch):
 
 
 def state_of(folder: Path):
-    made = runs.setup(store.read_config(folder))
+    made = loading.setup(store.read_config(folder))
     like = jax.eval_shape(lambda: runs.begin(made))
     return checkpoint.restore(folder / "checkpoints", like).tree
 
@@ -454,7 +455,7 @@ def test_checkpoints_of_another_run_are_refused(whole, tmp_path, monkeypatch, ca
 def test_another_version_is_said_not_to_be_bit_exact(whole, monkeypatch, capsys):
     now = store.versions()
     monkeypatch.setattr(store, "versions", lambda: now | {"devices": "4"})
-    store.restore(runs.setup(store.read_config(whole)), whole, resume=True)
+    store.restore(loading.setup(store.read_config(whole)), whole, resume=True)
     assert "not bit-exact to what came before: devices 1 -> 4" in capsys.readouterr().out
 
 

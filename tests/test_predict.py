@@ -9,7 +9,7 @@ import pytest
 from conftest import refused, start
 from PIL import Image
 
-from experiments import predict, runs, scoring, store, train
+from experiments import loading, predict, scoring, store, train
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Examples
 
@@ -76,7 +76,7 @@ def test_probabilities_are_those_of_the_adapted_learner(
     assert "0.png: " in capsys.readouterr().out
 
     config = store.read_config(trained / run)
-    made = runs.setup(config)
+    made = loading.setup(config)
 
     def pixels(path):
         image = Image.open(path).resize((28, 28), Image.Resampling.LANCZOS)

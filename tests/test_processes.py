@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import runs, store
+from experiments import loading, runs, store
 from mgaug_jax import checkpoint
 
 RUN = ["--data=sinusoid", "--method=maml(lr=0.01,steps=1)|noise(0.1)", "--tasks=4", "--shot=3"]
@@ -51,7 +51,7 @@ def end(processes, seconds=300):
 
 
 def saved(out):
-    made = runs.setup(store.read_config(out))
+    made = loading.setup(store.read_config(out))
     with jax.enable_x64(True):
         return checkpoint.restore(
             out / "checkpoints", jax.eval_shape(lambda: runs.begin(made))

@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 from conftest import refused, start
 
-from experiments import problem, runs, scoring, spec, train, vocabulary
+from experiments import loading, problem, scoring, spec, train, vocabulary
 from experiments.protocols import PROTOCOLS
 from mgaug_jax import episodes, losses
 from mgaug_jax.data import DATASETS
@@ -31,8 +31,8 @@ def test_every_protocol_names_flags_data_networks_and_methods_that_exist(name):
     regression = values["data"] == "sinusoid"
     assert regression or values["data"] in DATASETS
     for flag, known in (
-        ("labels", runs.LABELS),
-        ("test_labels", runs.TEST_LABELS),
+        ("labels", loading.LABELS),
+        ("test_labels", loading.TEST_LABELS),
     ):
         assert values.get(flag, "exclusive") in known
     size = values.get("image_size") or (28 if "omniglot" in values["data"] else 84)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, runs, scoring, spec, store, vocabulary
+from experiments import cli, loading, scoring, spec, store, vocabulary
 from experiments.seeds import expand, over_seeds
 from mgaug_jax import losses, nets
 
@@ -83,7 +83,7 @@ def test_grid_equals_single_runs_and_adds_rows(tmp_path):
     single = [a for a in SINES if "seeds" not in a]
     arguments = (*single, f"--method={one}", "--seed=1", "--eval_every=4", f"--out={run}")
     done("train", *arguments)
-    made = runs.setup(store.read_config(run))
+    made = loading.setup(store.read_config(run))
     params = store.restore(made, run).state.params
     alone = scoring.evaluator(made)(params, None, scoring.TEST_SEED, 6).adapted.mean()
     assert table["rows"][one]["adapted"][1] == pytest.approx(float(alone), rel=1e-4)

@@ -16,7 +16,8 @@ from jax.sharding import AxisType
 
 import mgaug_jax as mg
 from mgaug_jax import nets, perturb, sharding, taml
-from mgaug_jax.meta import all_finite, meta_gradient, run
+from mgaug_jax.loops import run
+from mgaug_jax.meta import all_finite, meta_gradient
 
 DEVICES = 8
 many = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in the eight-device process")

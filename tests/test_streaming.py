@@ -11,8 +11,8 @@ import optax
 import pytest
 from conftest import start
 
-from experiments import evaluate, runs, scoring, store, train
-from mgaug_jax import episodes, meta, nets, protonet, sampler, trainer
+from experiments import evaluate, loading, runs, scoring, store, train
+from mgaug_jax import episodes, loops, nets, protonet, sampler, trainer
 from mgaug_jax.data import load, on_disk, streaming
 
 COUNTS = (5, 8, 6, 9, 7, 5)
@@ -210,7 +210,7 @@ def test_training_and_every_score_are_the_same(linear, monkeypatch):
     for place in (streaming.on_device, lambda stored: stored):
         made = linear._replace(splits={name: place(s) for name, s in linear.splits.items()})
         sample = streaming.either(made.sample)
-        advance = jax.jit(partial(meta.advance, made.trainer, sample, capacity=8))
+        advance = jax.jit(partial(loops.advance, made.trainer, sample, capacity=8))
         state, infos, done = made.trainer.init(jax.random.key(0)), [], 2
         state = state._replace(step=jnp.int32(done))
         with streaming.feed(made.sample, made.splits["train"], key, 12, 25) as at:
@@ -249,7 +249,7 @@ def everything(folder):
     del results["session_seconds"]
     with np.load(folder / "episodes.npz") as episodes:
         scores = {name: episodes[name].tolist() for name in episodes.files}
-    state = store.restore(runs.setup(store.read_config(folder)), folder)
+    state = store.restore(loading.setup(store.read_config(folder)), folder)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     return results, scores, store.read_records(folder), leaves
 
@@ -290,8 +290,8 @@ def test_auto_streams_what_is_larger_than_a_share_of_the_memory(small, monkeypat
     stored = {"train": on_disk("glyphs", "val"), "val": on_disk("glyphs", "val")}
     size = 2 * streaming.nbytes(stored["val"])
     for memory, streams in ((4 * size, False), (4 * size - 8, True), (None, False)):
-        monkeypatch.setattr(runs, "device_memory", lambda memory=memory: memory)
-        placed = runs.placed(stored, "auto", lambda text: None)
+        monkeypatch.setattr(loading, "device_memory", lambda memory=memory: memory)
+        placed = loading.placed(stored, "auto", lambda text: None)
         assert all(isinstance(each, streaming.Stored) == streams for each in placed.values())
     monkeypatch.undo()
-    assert (runs.device_memory() or 2**40) > 2**28
+    assert (loading.device_memory() or 2**40) > 2**28

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import design, runs, scoring, spec, store
+from experiments import design, loading, runs, scoring, spec, store
 from experiments.cli import BadInput
-from mgaug_jax import meta
+from mgaug_jax import loops
 from mgaug_jax.evaluation import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def test_a_sweep_is_its_single_runs_and_goes_on_where_it_was(tmp_path):
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
-    made = runs.setup(runs.Config(**config(tmp_path)))
+    made = loading.setup(runs.Config(**config(tmp_path)))
     for row in rows:
         if float(row["LR"]) > 1:
             assert int(row["stopped"]) < 6
@@ -125,7 +125,7 @@ def test_a_sweep_is_its_single_runs_and_goes_on_where_it_was(tmp_path):
         single = runs.with_numbers(made, SPEC, point)
         k_init, k_train = runs.keys(int(row["seed"]))
         state = jax.jit(single.trainer.init)(k_init)
-        state, _ = jax.jit(lambda k, s, m=single: meta.run(m.trainer, m.sample, k, s, None, 6))(
+        state, _ = jax.jit(lambda k, s, m=single: loops.run(m.trainer, m.sample, k, s, None, 6))(
             k_train, state
         )
         key, score = scoring.episode_key(scoring.TEST_SEED), scoring.score_of(made.metric)
@@ -187,7 +187,7 @@ def test_names_must_match_and_values_be_possible(tmp_path):
 
 
 def test_numbers_of_a_spec_may_be_traced():
-    made = runs.setup(runs.Config(**plain()))
+    made = loading.setup(runs.Config(**plain()))
 
     @jax.jit
     def rate(lr):

@@ -11,7 +11,8 @@ import pytest
 import mgaug_jax as mg
 from mgaug_jax import nets, sweeps, taml
 from mgaug_jax.data import sinusoid
-from mgaug_jax.meta import State, run
+from mgaug_jax.loops import run
+from mgaug_jax.meta import State
 
 SHARED = 7
 VALUES = {"lr": [0.01, 0.1], "outer": [1e-3, 1e-2]}
@@ -108,7 +109,7 @@ def test_members_are_their_own_runs(x64, name):
     def single(value, k_init, key):
         learner = make(value)
         state, found = learner.init(k_init), []
-        for i in range(7):  # as meta.run, with the key that a sweep shares
+        for i in range(7):  # as loops.run, with the key that a sweep shares
             k_sample, k_step = jax.random.split(jax.random.fold_in(key, i))
             shared = jax.random.fold_in(jax.random.key(SHARED), i)
             state, info = learner.step(k_step, state, sample(k_sample, data), shared)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs
+from experiments import cli, loading, problem, runs
 from experiments.figures import figure, training
 from experiments.figures.figure import Rows, by_seed, text, where
 from experiments.seeds import expand
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 def measure(folder: Path) -> Rows:
     del folder
     specs = expand(FLAGS.methods)
-    first = runs.setup(problem.config(specs[0], 0, FLAGS.steps), say=print)
+    first = loading.setup(problem.config(specs[0], 0, FLAGS.steps), say=print)
     setups = {text: runs.with_method(first, text) for text in specs}
     rows = []
     for name, made in setups.items():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli, problem, runs, scoring, store
+from experiments import cli, loading, problem, runs, scoring, store
 from experiments.figures import figure
 from experiments.seeds import train
 from mgaug_jax import behaviour
@@ -72,7 +72,7 @@ def trained(folder: Path, homes: Sequence[str], labels: str | None = None) -> li
 
 
 def _of_classes(config: runs.Config) -> runs.Setup:
-    made = runs.setup(config, say=print)
+    made = loading.setup(config, say=print)
     if made.metric != "accuracy":
         raise cli.BadInput("this figure is of classes; take another --data than sinusoid.")
     return made

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs, scoring
+from experiments import cli, loading, problem, runs, scoring
 from experiments.figures import figure, training
 from experiments.figures.figure import Rows, by_seed, text, where
 from experiments.seeds import train
@@ -63,7 +63,7 @@ def setups() -> dict[float, runs.Setup]:
         raise cli.BadInput(f"--stds={','.join(FLAGS.stds)} must be numbers.") from error
     if not all(0 < std < float("inf") for std in stds):
         raise cli.BadInput(f"--stds={','.join(FLAGS.stds)} must be numbers above 0.")
-    plain = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
+    plain = loading.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
     noisy = lambda std: f"{FLAGS.method}|{FLAGS.noise.replace('{}', repr(std))}"
     return {0.0: plain} | {std: runs.with_method(plain, noisy(std)) for std in stds}
 

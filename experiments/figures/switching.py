@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, runs
+from experiments import cli, loading, problem, runs
 from experiments.figures import figure, training
 from experiments.figures.figure import Rows, by_seed, text, where
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def measure(folder: Path) -> Rows:
     del folder
-    plain = runs.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
+    plain = loading.setup(problem.config(FLAGS.method, 0, FLAGS.steps), say=print)
     setups = {NEVER: plain} | {
         start: runs.with_method(plain, f"{FLAGS.method}|{late(start)}") for start in FLAGS.starts
     }

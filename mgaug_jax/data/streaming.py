@@ -133,7 +133,7 @@ def _drawer(sample: Sample):
 def gatherer(
     sample: Sample, stored: Stored, part: slice = slice(None)
 ) -> Callable[[Array, np.ndarray], Gathered]:
-    """`(key, numbers [S]) -> tasks`, those that `sample` draws at the meta-steps of `meta.run`, or
+    """`(key, numbers [S]) -> tasks`, those that `sample` draws at the meta-steps of `loops.run`, or
     the episodes of `evaluate`, of these numbers.
 
     Args:
