@@ -36,9 +36,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, turns
+from experiments import cli
+from experiments.bench import turns
+from experiments.bench.workloads import PROBLEMS, QUICK, Problem, flops
 from experiments.progress import Progress
-from experiments.workloads import PROBLEMS, QUICK, Problem, flops
 
 LIMIT = 1e-8
 """Relative difference of two meta-gradients in float64 that passes."""
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str]) -> int:
             raise cli.BadInput(f"{name!r} is no workload here; known: {', '.join(known)}.")
     limit_processors(FLAGS.threads)  # before XLA and OpenMP count them
     peers = None if FLAGS.scaling else load_peers(FLAGS.peers)
-    from experiments import scaling, store
+    from experiments import store
+    from experiments.bench import scaling
 
     folder = None if FLAGS.out is None else store.output(FLAGS.out)
     if FLAGS.scaling:
@@ -118,7 +120,7 @@ def limit_processors(count: int) -> None:
 
 
 def load_peers(names: Sequence[str] | None):
-    """`experiments.peers` with the peers that were asked for, None if none were.
+    """`experiments.bench.peers` with the peers that were asked for, None if none were.
 
     Raises:
       BadInput: A peer is unknown or not installed, or PyTorch is not.
@@ -130,7 +132,7 @@ def load_peers(names: Sequence[str] | None):
             "PyTorch is not installed. Install this package with the extra bench, or give --peers= "
             "to time it alone."
         )
-    from experiments import peers
+    from experiments.bench import peers
 
     absent = peers.missing()
     for name in names or []:
@@ -142,7 +144,7 @@ def load_peers(names: Sequence[str] | None):
 
 
 def matmul_rates(peers) -> dict[str, float]:
-    from experiments import ours
+    from experiments.bench import ours
 
     rates = {"jax": ours.matmul_rate()}
     return {**rates, "torch": peers.matmul_rate(device(peers))} if peers else rates
@@ -160,7 +162,7 @@ def device(peers) -> str:
 
 def measured(name: str, problem: Problem, peers, peak: float) -> dict[str, Any]:
     """What was found of a workload: `errors` and `memory` by side, and `sides` with their times."""
-    from experiments import ours
+    from experiments.bench import ours
 
     if problem.configurations:
         made = dict(ours.sweep(problem))
@@ -207,7 +209,7 @@ def differences(problem: Problem, others: Sequence[str], peers) -> dict[str, flo
     """`|ours - theirs| / |theirs|` of the whole meta-gradient in float64, two tasks of it."""
     import jax
 
-    from experiments import ours
+    from experiments.bench import ours
 
     if not others:
         return {}
@@ -222,8 +224,8 @@ def differences(problem: Problem, others: Sequence[str], peers) -> dict[str, flo
 
 
 def peak_memory(side: str, name: str) -> dict[str, int] | None:
-    """By `experiments.peak`; None if its process died, for want of memory perhaps."""
-    command = [sys.executable, "-m", "experiments.peak", side, name]
+    """By `experiments.bench.peak`; None if its process died, for want of memory perhaps."""
+    command = [sys.executable, "-m", "experiments.bench.peak", side, name]
     done = subprocess.run(command, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 

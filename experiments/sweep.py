@@ -10,7 +10,8 @@ be varied; what changes its structure (steps, subnets, another method) cannot: m
 semicolons, with {a,b} for alternatives, are swept one after another.
 
 Settings times seeds are members of one program, as many at once as --memory_gb holds, spread over
-the devices of --mesh. Each is what a run of its own would be; one that becomes not finite stops
+the devices of --mesh. Each is what a run of its own would be (but for the resolutions of
+sub-networks, cp(sizes=...), which all members share); one that becomes not finite stops
 where it was and disturbs no other. Seeds share tasks and initial networks across settings.
 
 Every member is judged on the same validation and test episodes with its last parameters. The best
@@ -21,16 +22,13 @@ on.
 
 import dataclasses
 import json
+import math
 import shutil
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from experiments import (
@@ -38,6 +36,7 @@ from experiments import (
     design,
     devices,
     loading,
+    members,
     plots,
     problem,
     runs,
@@ -46,17 +45,9 @@ from experiments import (
     spec,
     store,
 )
-from experiments.progress import Progress
-from mgaug_jax import checkpoint, sharding, sweeps
-from mgaug_jax.evaluation import evaluate
-from mgaug_jax.memory import taken
-from mgaug_jax.types import Array
 
-SECONDS, SAVE_SECONDS = 2.0, 120.0
 SCORES = ("validation", "test", "test_half_width", "test_step0", "loss")
 COLUMNS = ("method", "seed", *SCORES, "stopped")
-SHARED = 0
-"""Seed of what all members of a sweep have in common."""
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
@@ -80,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("seeds", "episodes", "memory_gb"):
         if getattr(FLAGS, name) <= 0:
             raise cli.BadInput(f"--{name} must be above 0.")
+    if FLAGS.design == "grid" and FLAGS["points"].present:
+        raise cli.BadInput("--points is for a random or sobol design; a grid takes all values.")
     axes = design.parse(FLAGS.values or "")
     points = design.points(axes, FLAGS.design, FLAGS.points, FLAGS.design_seed)
     methods = seeds.expand(FLAGS.method)
@@ -140,7 +133,10 @@ def open_table(folder: Path, made: runs.Setup, axes, methods, points) -> dict[st
         if any(path.name != store.LOCK for path in folder.iterdir()):
             raise cli.BadInput(f"{folder} is not empty and holds no sweep; choose another --out.")
         store.write_json(folder / "sweep.json", {**empty, "rows": []})
-    table = json.loads((folder / "sweep.json").read_text())
+    try:
+        table = json.loads((folder / "sweep.json").read_text())
+    except ValueError as error:
+        raise cli.BadInput(f"{folder}/sweep.json is damaged ({error}); remove it.") from error
     if table.get("identity") != json.loads(json.dumps(identity)):
         raise cli.BadInput(f"{folder} holds a sweep with other flags; choose another --out.")
     for row in table["rows"]:  # JSON has no NaN
@@ -150,162 +146,36 @@ def open_table(folder: Path, made: runs.Setup, axes, methods, points) -> dict[st
 
 def sweep(made, text: str, number: int, points, folder: Path, table, stop) -> None:
     """Trains and judges the members of a method, group by group, and adds their rows."""
-    program = Program(made, text)
-    keys = [jnp.stack(pair) for pair in zip(*map(runs.keys, range(FLAGS.seeds)), strict=True)]
     done = sum(row["method"] == text for row in table["rows"]) // FLAGS.seeds
     if done == len(points):
         return
-    size = program.fitting(points, keys, FLAGS.memory_gb)
-    for first in range(done, len(points), size):
-        group = points[first : first + size]
-        filled = [group[i % len(group)] for i in range(size)]  # so that all groups are one program
-        values = {name: jnp.array([point[name] for point in filled]) for name in filled[0]}
-        place = folder / "checkpoints" / f"{number}-{first}-{size}"
-        members, losses = train(program, values, keys, f"{text} {first + 1}", place, stop)
+    program = members.program(made, text, points[0], FLAGS.seeds, FLAGS.episodes)
+    for group, values in members.groups(program, points, done, FLAGS.memory_gb):
+        size = len(next(iter(values.values())))
+        place = folder / "checkpoints" / f"{number}-{done}-{size}"
+        label = f"{text}, settings {done + 1} to {done + len(group)} of {len(points)}"
+        trained, losses = members.train(program, values, label, place, stop)
         print(f"judging {len(group)} settings x {FLAGS.seeds} seeds", flush=True)
-        scores = {
-            name: program.judge(values, members, name, seed)
-            for name, seed in (("val", scoring.VALIDATION_SEED), ("test", scoring.TEST_SEED))
-        }
-        stopped = np.asarray(members.stopped)
+        judged = partial(program.judge, values, trained.params)
+        validation = judged("val", scoring.VALIDATION_SEED)
+        test = judged("test", scoring.TEST_SEED)
         for k, point in enumerate(group):
             for s in range(FLAGS.seeds):
-                test = scoring.summary(scores["test"].adapted[k, s])
-                row = {"method": text, **point, "seed": s}
-                row["validation"] = float(scores["val"].adapted[k, s].mean())
-                row |= {"test": test["mean"], "test_half_width": test["half_width"]}
-                row["test_step0"] = float(scores["test"].initial[k, s].mean())
-                row["loss"] = float(losses[k, s])
-                row["stopped"] = int(stopped[k, s]) if stopped[k, s] >= 0 else None
-                table["rows"].append(row)
+                stopped = int(trained.stopped[k, s])
+                found = scoring.summary(test.adapted[k, s])
+                scores = (
+                    float(validation.adapted[k, s].mean()),
+                    found["mean"],
+                    found["half_width"],
+                    float(test.initial[k, s].mean()),
+                    float(losses[k, s]),
+                )
+                row = {"method": text, **point, "seed": s, **dict(zip(SCORES, scores, strict=True))}
+                table["rows"].append(row | {"stopped": stopped if stopped >= 0 else None})
+        done += len(group)
         store.write_json(folder / "sweep.json", table)
         store.write_csv(folder / "sweep.csv", table["rows"])
         shutil.rmtree(place, ignore_errors=True)
-
-
-def train(program, values, keys, label: str, place: Path, stop) -> tuple[sweeps.Members, Any]:
-    """The members of a group after the last step, and their mean losses in the last tenth.
-
-    Raises:
-      Interrupted: `stop` was requested; they are saved in `place`.
-    """
-    steps = program.made.config.steps
-    late = steps - max(1, steps // 10)
-    members = program.begin(values, keys[0])
-    losses = jnp.zeros(members.stopped.shape)
-    step = 0
-    if checkpoint.steps(place):
-        try:
-            found = checkpoint.restore(place, (members, losses))
-        except checkpoint.CheckpointError as error:
-            raise cli.BadInput(f"{error}; remove {place} to begin its members anew.") from error
-        (members, losses), step = found.tree, found.step
-        print(f"resumed at step {step}")
-    members = jax.tree.map(jnp.array, members)
-    progress, size, saved = Progress(label, steps, step, "steps"), 1, time.monotonic()
-    while step < steps:
-        count = min(size, (late if step < late else steps) - step)
-        before = time.monotonic()
-        members, loss = program.advance(values, keys[1], members, step, count)
-        jax.block_until_ready(members)
-        size = max(1, int(SECONDS / max(time.monotonic() - before, 1e-9) * count))
-        step += count
-        if step > late:
-            losses = losses + loss * count / (steps - late)
-        alive = int((members.stopped < 0).sum())
-        line = progress.at(step, f"{alive} of {members.stopped.size} finite")
-        if stop.requested or time.monotonic() - saved > SAVE_SECONDS:
-            checkpoint.save(place, step, (members, losses), keep=1)
-            saved = time.monotonic()
-            print(f"{label}: {line}", flush=True)
-        if stop.requested:
-            progress.close()
-            raise cli.Interrupted(f"saved at step {step}; the same command goes on.")
-    progress.close()
-    return members, losses
-
-
-class Program:
-    """A method's members, compiled: settings are arrays by name, keys those of the seeds."""
-
-    def __init__(self, made: runs.Setup, text: str):
-        self.made, self.text = made, text
-        alone = made._replace(mesh=None)
-        self.at = lambda value: runs.with_numbers(alone, text, value)
-        self.make = lambda value: self.at(value).trainer
-        self.compiled: dict[str, Any] = {}
-
-    def _compiled(self, name: str, f, **options):
-        """`f(whole, values, members)` of every member under jit, on the devices of the mesh."""
-        if name not in self.compiled:
-            over = f if self.made.mesh is None else partial(sharding.spread, f, self.made.mesh)
-            self.compiled[name] = jax.jit(over, **options)
-        return self.compiled[name]
-
-    def _advance(self, values):
-        return self._compiled("advance", partial(self._chunk, self._net(values)), donate_argnums=2)
-
-    def _chunk(self, net, whole, values, members):
-        keys, data, step, count, shared = whole
-        sample = self.made.sample
-        return sweeps.advance(
-            self.make, net, sample, values, keys, members, data, step, count, shared
-        )
-
-    def _net(self, values):
-        first = {name: float(value[0]) for name, value in values.items()}
-        return self.at(first).method(jnp.zeros((), jnp.int32)).net
-
-    def begin(self, values, keys: Array) -> sweeps.Members:
-        start = lambda values, keys: sweeps.begin(self.make, self._net(first), values, keys)
-        first = {name: np.asarray(value) for name, value in values.items()}
-        if "begin" not in self.compiled:
-            self.compiled["begin"] = jax.jit(lambda values, keys: runs.wide(start(values, keys)))
-        return self.compiled["begin"](values, keys)
-
-    def _given(self, values, keys: Array, step: int, count: int):
-        numbers = (np.int32(step), np.int32(count), jax.random.key(SHARED))
-        return runs.put(self.made, ((keys, self.made.splits["train"], *numbers), values))
-
-    def advance(self, values, keys: Array, members: sweeps.Members, step: int, count: int):
-        return self._advance(values)(*self._given(values, keys, step, count), members)
-
-    def fitting(self, points, keys, gigabytes: float) -> int:
-        """How many settings are trained at once, by what the compiled program says it needs."""
-        least = 1 if self.made.mesh is None else self.made.mesh.size
-        size = -(-len(points) // least) * least
-        while True:
-            some = [points[i % len(points)] for i in range(size)]
-            values = {name: jnp.array([point[name] for point in some]) for name in points[0]}
-            members = self.begin(values, keys[0])
-            given = self._given(values, keys[1], 0, 1)
-            needed = taken(self._advance(values).lower(*given, members).compile()) / 1e9
-            seeds = f"{size} settings x {len(keys[0])} seeds at once"
-            print(f"{seeds}: {needed:.3f} GB per device", flush=True)
-            if needed > gigabytes and size <= least:
-                print(f"note: fewer cannot be, though --memory_gb={gigabytes} is less", flush=True)
-            if needed <= gigabytes or size <= least:
-                return size
-            size = max(1, int(size * gigabytes / needed / 1.05) // least) * least
-
-    def judge(self, values, members: sweeps.Members, split: str, seed: int):
-        """Scores `[K, S, episodes]` on a split, in NumPy."""
-        made = self.made
-
-        def judged(whole, values, params):
-            key, data = whole
-
-            def one(value, params):
-                tested = self.at(value).tested
-                score = scoring.score_of(made.metric)
-                numbers = jnp.arange(FLAGS.episodes)
-                return evaluate(tested, key, params, made.episode, data, numbers, score)
-
-            of_value = lambda both: jax.lax.map(partial(one, both[0]), both[1])
-            return jax.lax.map(of_value, (values, params))
-
-        whole, values = runs.put(made, ((scoring.episode_key(seed), made.splits[split]), values))
-        return jax.device_get(self._compiled(split, judged)(whole, values, members.params))
 
 
 def by_setting(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
@@ -314,11 +184,11 @@ def by_setting(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, A
     for row in rows:
         groups.setdefault((row["method"], *(row[name] for name in names)), []).append(row)
     found = []
-    for (method, *point), members in groups.items():
-        finite = all(row["stopped"] is None for row in members)
+    for (method, *point), own in groups.items():
+        finite = all(row["stopped"] is None for row in own)
         entry = {"method": method, **dict(zip(names, point, strict=True))}
         for name in ("validation", "test", "test_step0"):
-            values = [row[name] if finite else float("nan") for row in members]
+            values = [row[name] if finite else float("nan") for row in own]
             entry[name], entry[f"{name}_half_width"] = seeds.over_seeds(values)
         found.append(entry)
     return found
@@ -329,9 +199,8 @@ def print_best(rows: list[dict[str, Any]], axes: list[design.Axis], metric: str)
     names, sign = [axis.name for axis in axes], 1 if metric == "accuracy" else -1
     settings = by_setting(rows, names)
     for method in dict.fromkeys(row["method"] for row in rows):
-        finite = [
-            s for s in settings if s["method"] == method and s["validation"] == s["validation"]
-        ]
+        own = [setting for setting in settings if setting["method"] == method]
+        finite = [setting for setting in own if math.isfinite(setting["validation"])]
         if not finite:
             print(f"{method}: no setting stayed finite")
             continue

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import refused, start
 
-from experiments import benchmark, ours, turns, workloads
-from experiments.turns import Turn
+from experiments import benchmark
+from experiments.bench import ours, turns, workloads
+from experiments.bench.turns import Turn
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch (the extra bench) is not installed")
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @needs_torch
 @pytest.mark.parametrize("case", CASES)
 def test_both_sides_have_the_same_meta_gradient_in_float64(case):
-    from experiments import peers
+    from experiments.bench import peers
 
     problem = CASES[case]
     mine = ours.gradient(problem)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import design, loading, runs, scoring, spec, store
+from experiments import design, loading, members, runs, scoring, spec, store
 from experiments.cli import BadInput
 from mgaug_jax import loops
 from mgaug_jax.evaluation import evaluate
@@ -216,3 +216,22 @@ def plain():
         "eval_every": 6,
         "seed": 0,
     }
+
+
+def test_groups_fill_one_size_and_go_on_where_they_were():
+    """A stand-in for a program that takes 1 GB per setting and has two devices."""
+    points = [{"LR": float(i)} for i in range(7)]
+    program = members.Program(
+        steps=1,
+        least=2,
+        begin=lambda values: values,
+        advance=None,
+        memory=lambda values, started: int(1e9) * len(started["LR"]),
+        judge=None,
+    )
+    found = list(members.groups(program, points, 0, 4.3))
+    assert [[point["LR"] for point in group] for group, _ in found] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert found[1][1]["LR"].tolist() == [4, 5, 6, 4]
+    assert [len(group) for group, _ in members.groups(program, points, 4, 4.3)] == [3]
+    assert [len(group) for group, _ in members.groups(program, points, 0, 0.1)] == [2, 2, 2, 1]
+    assert [len(group) for group, _ in members.groups(program, points, 0, 100)] == [7]

@@ -88,7 +88,7 @@ def make(
             rows = measure(folder)
         except ValueError as error:  # what the library refuses
             raise cli.BadInput(str(error)) from error
-        write(table, rows)
+        store.write_csv(table, rows)
         made = {"arguments": sys.argv[1:], "versions": store.versions()}
         store.write_json(folder / f"{name}.json", made)
     rows = read(table)
@@ -100,16 +100,6 @@ def make(
         plt.close(drawn)
     print("\n".join([*tell(rows), f"wrote {table} and {picture}"]))
     return 0
-
-
-def write(path: Path, rows: Rows) -> None:
-    """Writes a table whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
 
 
 def read(path: Path) -> Rows:

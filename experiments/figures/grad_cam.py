@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, store
 from experiments.figures import figure, networks
 from experiments.figures.figure import Rows, where
 from mgaug_jax import behaviour, pruning
@@ -55,7 +55,7 @@ def measure(folder: Path) -> Rows:
     go = jax.jit(partial(explained, method, block))
     cams, probabilities = jax.device_get(go(net.params, drawn, 1 - jnp.asarray(rates)))
     similar = correlations(cams)
-    figure.write(
+    store.write_csv(
         folder / "attention.csv",
         [
             {

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import ours, plots, turns
+from experiments import plots
+from experiments.bench import ours, turns
+from experiments.bench.workloads import Problem
 from experiments.progress import Progress
-from experiments.workloads import Problem
 
 BASE = Problem("fomaml", (42, 42, 3), queries=5, tasks=4, width=32, steps=5, keeps=(0.9,) * 3)
 AXES: dict[str, tuple[str, Sequence[int]]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.workloads import LR, OUTER_LR, Problem, tasks, weights
+from experiments.bench.workloads import LR, OUTER_LR, Problem, tasks, weights
 
 Named = dict[str, Tensor]
 Part = tuple[Tensor, Tensor]

@@ -1,6 +1,6 @@
 """Peak memory of one side of one workload of `experiments.benchmark`, in a process of its own.
 
-    python -m experiments.peak ours fomaml-84-1shot
+    python -m experiments.bench.peak ours fomaml-84-1shot
 
 Builds it, takes one meta-step, and prints as JSON the process's largest resident size and that
 before anything was built, in bytes; on a GPU, the device's.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from experiments.workloads import PROBLEMS, QUICK
+from experiments.bench.workloads import PROBLEMS, QUICK
 
 
 def resident() -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     if side.startswith("ours"):
         import jax
 
-        from experiments import ours
+        from experiments.bench import ours
 
         before = resident()
         made = ours.sweep(problem)[side] if problem.configurations else ours.contender(problem)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         if memory and "peak_bytes_in_use" in memory:
             found["device"] = memory["peak_bytes_in_use"]
     else:
-        from experiments import peers
+        from experiments.bench import peers
 
         before = resident()
         peers.step(side, problem, "cpu")()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.workloads import HIDDEN, LR, OUTER_LR, Problem, tasks, weights
+from experiments.bench.workloads import HIDDEN, LR, OUTER_LR, Problem, tasks, weights
 from mgaug_jax import fomaml, maml, meta, modifiers, nets, protonet, pruning, trainer
 from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.meta import State

@@ -1,0 +1,1 @@
+"""The parts of `experiments.benchmark`: workloads, both sides, turns, peaks, curves."""
