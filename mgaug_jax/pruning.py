@@ -85,10 +85,10 @@ def _share(n: int, keep: Array, plus: float = 0) -> Array:
 
 def _keep_ties(scores: Array, number: Array) -> Array:
     """The scores up to the one that follows the `number` largest, and all that equal it."""
-    # Without the barrier XLA may compute the scores twice, rounded otherwise, and the weight whose
-    # score is the threshold is then above it (seen: other masks on one device than on eight).
-    scores = jax.lax.optimization_barrier(scores)
-    return scores <= jnp.sort(scores, descending=True)[number]
+    # All that is compared comes out of one sort. XLA may compute `scores` anew beside it, rounded
+    # otherwise, and the score that is the threshold would be above it (seen: one weight too many).
+    values, order = jax.lax.sort_key_val(-scores, jnp.arange(scores.size))
+    return jnp.zeros(scores.size, bool).at[order].set(values >= values[number])
 
 
 def _by_rank(scores: Array, number: Array) -> Array:

@@ -15,7 +15,8 @@ from conftest import make_tasks
 from jax.sharding import AxisType
 
 import mgaug_jax as mg
-from mgaug_jax import nets, perturb, sharding, taml
+from mgaug_jax import nets, perturb, sharding, sweeps, taml
+from mgaug_jax.data import sinusoid
 from mgaug_jax.loops import run
 from mgaug_jax.meta import all_finite, meta_gradient
 
@@ -216,3 +217,31 @@ def test_tasks_at_once_change_nothing(at_once):
     parts = jax.jit(partial(meta_gradient, method._replace(at_once=at_once)))
     whole = jax.jit(partial(meta_gradient, method))
     assert_close(parts(*arguments), whole(jax.random.key(2), *arguments[1:]))
+
+
+@many
+def test_members_of_a_sweep_are_the_same_on_eight_devices():
+    net = nets.mlp((5,))
+    sample = sinusoid.sampler(3, 3, 2)
+
+    def make(rate):
+        return mg.trainer(mg.maml(net, lr=rate, loss=mg.losses.squared_error), optax.adam(1e-2))
+
+    rates, seeds = jnp.linspace(0.01, 0.1, 8), jax.vmap(jax.random.key)(jnp.arange(2))
+    members = doubled(sweeps.begin(make, net, rates, seeds))
+    members = members._replace(stopped=members.stopped.astype(jnp.int32))
+
+    def advance(whole, rates, members):
+        keys, shared = whole
+        return sweeps.advance(make, net, sample, rates, keys, members, None, 0, 4, shared)
+
+    def given():
+        keys = jax.vmap(jax.random.key)(jnp.arange(10, 12))
+        return (keys, jax.random.key(7)), rates, members
+
+    mesh = sharding.mesh()
+    spread = jax.jit(partial(sharding.spread, advance, mesh))
+    got = spread(*sharding.replicate(given()[:2], mesh), members)
+    assert len(got[1].sharding.device_set) == 8
+    assert not got[1].sharding.is_fully_replicated
+    assert_close(got, jax.jit(advance)(*given()))
