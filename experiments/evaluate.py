@@ -6,7 +6,7 @@
 
 Prints the table that experiments.train ends with and writes evaluation.json, which says what was
 trained and tested on, and episodes.npz into --output, by default the run folder's evaluation/ or
-evaluation-DATA/.
+evaluation-DATA/. --ci_z and --ci_group give the intervals as others count them.
 
 With --data the run is tested on the test classes of that data set. Its images are decoded, resized
 and normalised as those that the run was trained on (for omniglot and glyphs: grey, and taken to be
@@ -16,6 +16,7 @@ Without --data, --data_dir and --splits say where the run's own data are now.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -23,6 +24,7 @@ from absl import flags
 from experiments import cli, loading, runs, scoring, source, store
 
 FLAGS = flags.FLAGS
+MEMORY = scoring.MEMORY_EPISODES
 flags.DEFINE_string("run", None, "Folder of the run.")
 flags.DEFINE_integer("episodes", scoring.TEST_EPISODES, "Test episodes.")
 flags.DEFINE_integer("test_seed", scoring.TEST_SEED, "Seed of the episodes.")
@@ -31,6 +33,12 @@ flags.DEFINE_string(
     "data", None, "Data set to test on. Default: the run's own.", allow_override=True
 )
 source.define_stream()
+flags.DEFINE_float(
+    "ci_z", 1.96, "Half an interval in standard errors; MGAug's text reads as 1.", lower_bound=0
+)
+flags.DEFINE_integer(
+    "ci_group", 1, "Episodes averaged before their spread is taken; the released code's 4 for MAML."
+)
 flags.DEFINE_string("output", None, "Folder to write to. Default: RUN/evaluation.")
 
 
@@ -40,6 +48,11 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput("--run is missing; give the folder of a run.")
     if FLAGS.episodes < 1:
         raise cli.BadInput(f"--episodes={FLAGS.episodes} must be 1 or more.")
+    if FLAGS.ci_group < 1 or any(count % FLAGS.ci_group for count in (FLAGS.episodes, MEMORY)):
+        raise cli.BadInput(
+            f"--ci_group={FLAGS.ci_group} must divide --episodes={FLAGS.episodes}, and the "
+            f"{MEMORY} training tasks that are tested too."
+        )
     folder = Path(FLAGS.run)
     runs.check_seed("test_seed", FLAGS.test_seed)
     config = store.read_config(folder)
@@ -48,8 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     if not int(saved.best_step):
         print("note: the run has had no validation yet; these are its initial parameters")
     output = store.output(FLAGS.output or str(folder / _name()))
-    judge = scoring.evaluator(made)
-    found, scores = scoring.measure(made, judge, saved.best, FLAGS.episodes, FLAGS.test_seed)
+    judges = scoring.judges(made)
+    summary = partial(scoring.summary, z=FLAGS.ci_z, group=FLAGS.ci_group)
+    found, scores = scoring.measure(
+        made, judges, saved.best, FLAGS.episodes, FLAGS.test_seed, summary
+    )
     chance = 1 / made.config.way if made.metric == "accuracy" else None
     results = {
         "trained_on": config.data,
@@ -57,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         "digest": made.digests.get("test"),
         "metric": made.metric,
         "best_step": int(saved.best_step),
+        "interval": f"{FLAGS.ci_z:g} standard errors, of means of {FLAGS.ci_group}",
         **found,
         "chance": chance,
     }

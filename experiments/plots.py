@@ -46,6 +46,9 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
         ls=":",
         label="validation, step 0",
     )
+    if validation and "label_memory" in validation[0]:
+        memory = [record.get("label_memory", np.nan) for record in validation]
+        right.plot(at, memory, color="#e69f00", ls="--", label="label memory")
     test = results["adapted"]
     right.errorbar(
         [results["best_step"]],
@@ -64,7 +67,7 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
             right.axhline(results[name]["mean"], color="black", ls=style, lw=0.8, label=label)
     if results["chance"]:
         right.axhline(results["chance"], color="black", ls=":", lw=0.8, label="chance")
-        right.set_ylim(0, 1)
+        right.set_ylim(-0.05, 1)
     right.set(xlabel="meta-step", ylabel="accuracy" if metric == "accuracy" else "squared error")
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     title = f"{results['config']['method']}   {results['task']}"

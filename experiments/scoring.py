@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,49 @@ def evaluator(made: Setup, method: Method | None = None, sample=None):
     return scores
 
 
-def summary(scores: np.ndarray) -> dict[str, float]:
-    """Mean, half width of the 95 % interval, std over episodes and their number."""
-    mean, half_width, std, count = interval(jnp.asarray(scores))
+class Judges(NamedTuple):
+    """What a run is judged by.
+
+    Attributes:
+      test: An `evaluator` of the tests' tasks.
+      training: `on_training`; None where no training task has names to memorise.
+    """
+
+    test: Callable[..., Scores]
+    training: Callable[..., tuple[Scores, np.ndarray]] | None
+
+
+def judges(made: Setup) -> Judges:
+    """Those of a run; each compiles when it is first used."""
+    return Judges(evaluator(made), None if made.permuted is None else on_training(made))
+
+
+def validation(made: Setup, judges: Judges, params: MetaParams) -> dict[str, float]:
+    """What is recorded of a state while it is trained: score and its interval on validation tasks,
+    before adaptation too; on a few training tasks the same, and label memory.
+    """
+    scores = judges.test(params, made.splits["val"], VALIDATION_SEED, VALIDATION_EPISODES)
+    of_all = summary(scores.adapted)
+    found = {
+        f"val_{made.metric}": of_all["mean"],
+        "val_half_width": of_all["half_width"],
+        "val_step0": float(scores.initial.mean()),
+    }
+    if judges.training is not None:
+        own, gain = judges.training(params, MEMORY_SEED, min(MEMORY_EPISODES, EPISODES_AT_ONCE))
+        found |= {
+            f"train_{made.metric}": float(own.adapted.mean()),
+            "train_step0": float(own.initial.mean()),
+            "label_memory": float(gain.mean()),
+        }
+    return found
+
+
+def summary(scores: np.ndarray, z: float = 1.96, group: int = 1) -> dict[str, float]:
+    """Mean, half width of the 95 % interval, std over episodes and their number; `interval` says
+    what `z` and `group` change.
+    """
+    mean, half_width, std, count = interval(jnp.asarray(scores), z, group)
     return {
         "mean": float(mean),
         "half_width": float(half_width),
@@ -81,13 +121,16 @@ def summary(scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
+def measure(
+    made: Setup, judges: Judges, params: MetaParams, count: int, seed: int, summary=summary
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The test of a trained run: `(what was measured, per-episode scores by name)`.
 
     On the same episodes: after adaptation, before it (step 0), the untrained network, and, for
     images, the nearest class mean of raw pixels. On training tasks: after and before adaptation,
-    and label memory. `judge` is an `evaluator` of `made`.
+    and label memory.
     """
+    judge = judges.test
     split = made.splits["test"]
     trained = judge(params, split, seed, count, "test")
     blank = runs.begin(made).best
@@ -102,8 +145,8 @@ def measure(made: Setup, judge, params: MetaParams, count: int, seed: int):
         nearest = evaluator(made, methods.protonet(pixels))
         scores["pixels"] = nearest(MetaParams({}, {}), split, seed, count, "test, pixels").adapted
     found = {name: summary(values) for name, values in scores.items()}
-    if made.permuted is not None:
-        own, gain = on_training(made)(params)
+    if judges.training is not None:
+        own, gain = judges.training(params)
         found["train"], found["train_step0"] = summary(own.adapted), summary(own.initial)
         found["label_memory"] = summary(gain)
     return found, scores
@@ -178,7 +221,8 @@ def print_results(results: dict[str, Any]) -> None:
         "label_memory": "label memory on training classes",
     }
     episodes = results["adapted"]["episodes"]
-    print(f"\ntest {results['metric']}, {episodes} episodes, mean and 95 % interval")
+    spread = results.get("interval", "95 % interval")
+    print(f"\ntest {results['metric']}, {episodes} episodes, mean and {spread}")
     for name, label in labels.items():
         if name in results:
             found = results[name]

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         folder = processes.on_first(lambda: claimed(made, held), Path())
         folder = Path(processes.text_of_first(str(folder)))
         print(f"{made.config.method} on {made.config.task} -> {folder}")
-        judge = scoring.evaluator(made)
+        judges = scoring.judges(made)
         started = time.monotonic()
         with cli.Interruption() as stop:
             fresh = runs.begin(made)
@@ -92,10 +92,10 @@ def main(arguments: Sequence[str]) -> int:
             saved = processes.on_first_arrays(begun, fresh)
             if processes.first():
                 store.write_config(folder, made)
-            train(made, judge, folder, saved, stop, FLAGS.skip_nonfinite)
+            train(made, judges, folder, saved, stop, FLAGS.skip_nonfinite)
         again = f"{folder} is trained; test it with the same command and --resume --out={folder}."
         with cli.Interruption(at_once=again):
-            scoring.print_results(report(made, judge, folder, saved, started))
+            scoring.print_results(report(made, judges, folder, saved, started))
     return 0
 
 
@@ -158,7 +158,7 @@ def place(made: runs.Setup) -> runs.Setup:
 
 def train(
     made: runs.Setup,
-    judge,
+    judges: scoring.Judges,
     folder: Path,
     saved: runs.Saved,
     stop: cli.Interruption,
@@ -183,7 +183,7 @@ def train(
     print(f"compiling; then {config.steps - done} steps", flush=True)
     failures, on_disk = 0, done
     stopping, size = processes.agree(stop.requested, 1)
-    feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK)
+    feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK, made.mesh)
     with store.Records(folder if processes.first() else None, done) as records, feed as at:
         while done < config.steps and not stopping:
             to_evaluation = config.eval_every - done % config.eval_every
@@ -191,7 +191,6 @@ def train(
             count = int(min(size, to_evaluation, config.steps - done, end - done))
             before = time.monotonic()
             left = max(skip - int(saved.skipped), 0)
-            data = runs.put(made, data)
             if progress.first == done:
                 needed = memory.taken(
                     advance.lower(k_train, state, data, count, skip=left).compile()
@@ -215,7 +214,7 @@ def train(
             line = progress.at(done, f"loss {np.mean(losses):.3f}" if losses else "")
             evaluates = done % config.eval_every == 0 or done == config.steps
             if evaluates:
-                saved, found = validate(made, judge, saved, state, done)
+                saved, found = validate(made, judges, saved, state, done)
                 records.add({"step": done} | found)
                 progress.close()
                 mean, half = found[f"val_{made.metric}"], found["val_half_width"]
@@ -249,23 +248,18 @@ def record_steps(records: store.Records, done: int, steps: list[meta.Info]) -> l
 
 
 def validate(
-    made: runs.Setup, judge, saved: runs.Saved, state: meta.State, done: int
+    made: runs.Setup, judges: scoring.Judges, saved: runs.Saved, state: meta.State, done: int
 ) -> tuple[runs.Saved, dict[str, float]]:
     """The validation of a state, and what is to be saved, the state among the best if it is."""
-    seed, count = scoring.VALIDATION_SEED, scoring.VALIDATION_EPISODES
-    scores = judge(state.params, made.splits["val"], seed, count)
-    found = scoring.summary(scores.adapted)
-    if is_better(made.metric, found["mean"], float(saved.best_score)):
+    found = scoring.validation(made, judges, state.params)
+    score = found[f"val_{made.metric}"]
+    if is_better(made.metric, score, float(saved.best_score)):
         saved = saved._replace(
             best=jax.tree.map(jnp.array, state.params),
             best_step=jnp.int32(done),
-            best_score=jnp.full((), found["mean"]),
+            best_score=jnp.full((), score),
         )
-    return saved, {
-        f"val_{made.metric}": found["mean"],
-        "val_half_width": found["half_width"],
-        "val_step0": float(scores.initial.mean()),
-    }
+    return saved, found
 
 
 def save(made: runs.Setup, folder: Path, saved: runs.Saved, failures: int, last: bool) -> int:
@@ -324,14 +318,14 @@ def _not_finite(what: str, skipped: int, step: int) -> cli.NotFinite:
 
 
 def report(
-    made: runs.Setup, judge, folder: Path, like: runs.Saved, started: float
+    made: runs.Setup, judges: scoring.Judges, folder: Path, like: runs.Saved, started: float
 ) -> dict[str, Any]:
     """Tests the best parameters and writes results.json, episodes.npz and curves.png."""
     saved = processes.on_first_arrays(lambda: store.restore(made, folder), like)
     step = int(saved.best_step)
     seed, count = scoring.TEST_SEED, scoring.TEST_EPISODES
     print(f"testing the parameters of step {step} on {count} episodes", flush=True)
-    found, scores = scoring.measure(made, judge, runs.put(made, saved.best), count, seed)
+    found, scores = scoring.measure(made, judges, runs.put(made, saved.best), count, seed)
     results = {
         "config": dataclasses.asdict(made.config),
         "task": made.config.task,

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from mgaug_jax import (
@@ -200,9 +201,9 @@ REQUIRED: Mapping[str, str] = {
     "beta": "the weight of the divergence, as in {name}(beta=0.00001)",
 }
 NETS: Mapping[str, Entry] = {
-    "conv4": Entry(nets.conv4, ("width",)),
-    "resnet10": Entry(nets.resnet10, ("pool",)),
-    "resnet18": Entry(nets.resnet18, ("pool",)),
+    "conv4": Entry(nets.conv4, ("width", "dtype")),
+    "resnet10": Entry(nets.resnet10, ("pool", "dtype")),
+    "resnet18": Entry(nets.resnet18, ("pool", "dtype")),
     "mlp": Entry(nets.mlp, ("hidden",)),
 }
 WORDS: Mapping[str, Mapping[str, Any]] = {
@@ -229,6 +230,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "exact": pruning.random_parameters(),
         "bernoulli": pruning.bernoulli_parameters,
     },
+    "dtype": {"bfloat16": jnp.bfloat16},
     "pool": {"global_mean": nets.global_mean, "top_left_mean": nets.top_left_mean},
     "site": {
         "inner": perturb.inner,

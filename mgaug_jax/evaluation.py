@@ -32,12 +32,22 @@ class Interval(NamedTuple):
     episodes: int
 
 
-def interval(scores: Array, z: float = 1.96) -> Interval:
+def interval(scores: Array, z: float = 1.96, group: int = 1) -> Interval:
     """`mean +- z std / sqrt(E)` over episodes `[E]`, std with E in the denominator (released code);
-    95 % for z = 1.96.
+    95 % for z = 1.96, one standard error, of which MGAug's text speaks, for 1.
+
+    With `group` of g, E and std are of means of g episodes each, in their order. For the same
+    episodes that hardly moves the interval, while std is about 1 / sqrt(g) of that of episodes. The
+    released code tests gradient-based methods on 601 batches of 4, so on four times as many.
+
+    Raises:
+      ValueError: The episodes are no whole number of groups.
     """
-    std = jnp.std(scores)
-    return Interval(jnp.mean(scores), z * std / len(scores) ** 0.5, std, len(scores))
+    if group < 1 or len(scores) % group:
+        raise ValueError(f"{len(scores)} episodes make no groups of {group}; give a divisor.")
+    means = jnp.mean(scores.reshape(-1, group), axis=1)
+    std = jnp.std(means)
+    return Interval(jnp.mean(means), z * std / len(means) ** 0.5, std, len(scores))
 
 
 def evaluate(

@@ -83,6 +83,15 @@ def spread(f: Callable, mesh: Mesh, params: Any, *batches: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[:rows], each(params, *jax.tree.map(filled, batches)))
 
 
+def along(mesh: Mesh, tasks: int) -> NamedSharding:
+    """Of arrays `[S, T, ...]` with so many tasks T: over the devices, if they share them evenly, as
+    `spread` does; else all on every device.
+    """
+    if tasks % mesh.size:
+        return replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """All of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -11,6 +11,7 @@ import optax
 import pytest
 from conftest import make_tasks, small_conv
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from mgaug_jax import (
     anil,
@@ -414,6 +415,56 @@ def test_no_variance_of_a_block_is_negative():
     total = lambda kernel: jnp.sum(block(x, kernel, jnp.ones(20), jnp.ones(20)))
     found = jax.jit(jax.value_and_grad(total))(kernel.reshape(1, 1, 2, 20))
     assert all(jnp.isfinite(leaf).all() for leaf in found)
+
+
+def products(jaxpr):
+    """Types of the operands of all products in a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append({str(operand.aval.dtype) for operand in equation.invars})
+        for inner in jaxprs_in_params(equation.params):
+            found += products(inner)
+    return found
+
+
+@pytest.mark.parametrize("way", [3, None])
+def test_bfloat16_is_for_products_of_maps_and_nothing_else(monkeypatch, way):
+    """As traced for a GPU; on a CPU kernels and maps are rounded as well, but then widened."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()  # of what was traced for a CPU
+    net = nets.resnet10(way, image=(32, 32, 3), dtype=jnp.bfloat16)
+
+    def loss(params, x):
+        inner = lambda params: jnp.mean(jnp.square(net.apply(params, x)))
+        return inner(optax.tree.add_scale(params, -0.1, jax.grad(inner)(params)))
+
+    x = jnp.zeros((2, 32, 32, 3))
+    found = jax.eval_shape(jax.value_and_grad(loss), shapes(net), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    found = products(jax.make_jaxpr(net.apply)(shapes(net), x).jaxpr)
+    head = [] if way is None else [{"float32"}]
+    assert found == [{"bfloat16"}] * 12 + head
+    jax.clear_caches()
+
+
+def test_bfloat16_is_near_float32(key):
+    make = functools.partial(nets.conv4, 3, width=16, image=(16, 16, 3))
+    params = make().init(key)
+    x = jax.random.normal(jax.random.key(1), (12, 16, 16, 3))
+
+    def both(net):
+        loss = lambda params: jnp.mean(jnp.square(net.apply(params, x)))
+        return jax.jit(lambda params: (net.apply(params, x), jax.grad(loss)(params)))(params)
+
+    for a, b in zip(both(make(dtype=jnp.bfloat16)), both(make()), strict=True):
+        off = optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b)
+        assert 1e-4 < off < 0.15
+
+
+def test_a_network_computes_in_bfloat16_or_as_it_is_given():
+    with pytest.raises(ValueError, match=r"must be jnp.bfloat16, or None"):
+        nets.conv4(5, dtype=jnp.float16)
 
 
 def test_a_bias_before_a_norm_does_nothing(x64):

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 
 import mgaug_jax as mg
 from mgaug_jax import nets, perturb, sharding, sweeps, taml
-from mgaug_jax.data import sinusoid
+from mgaug_jax.data import sinusoid, streaming
 from mgaug_jax.loops import run
 from mgaug_jax.meta import all_finite, meta_gradient
 
@@ -173,6 +173,36 @@ def test_a_run_is_the_same_and_each_device_draws_its_own_tasks():
     drawn = re.findall(r"u8\[([\d,]+)\][^\n]* gather\(", text)
     per_device = 3 * (1 + 2)  # of one task
     assert {int(shape.split(",")[0]) for shape in drawn} == {per_device}
+
+
+@many
+def test_streamed_tasks_lie_on_the_devices_that_train_on_them():
+    method = mg.fomaml(dense(), lr=0.1, steps=1)
+    state = doubled(mg.trainer(method, optax.adam(1e-3)).init(jax.random.key(0)))
+    state = state._replace(step=state.step.astype(jnp.int32))
+    pixels, mesh = images().pixels[:, :, :8, :8], sharding.mesh()
+    data = images()._replace(pixels=pixels, mean=jnp.zeros(1, float), std=jnp.ones(1, float))
+    stored = streaming.Stored(np.asarray(pixels), *data[1:])
+    sample, key = mg.sampler(3, 1, 2, 8), jax.random.key(2)
+
+    def training(method, key, state, data):
+        learner = mg.trainer(method, optax.adam(1e-3))
+        return run(learner, streaming.either(sample), key, state, data, 4)
+
+    gathered = streaming.gatherer(sample, stored, mesh)(key, np.arange(4))
+    x = gathered.tasks.query.x
+    assert {shard.data.shape for shard in x.addressable_shards} == {(4, 1, 6, 8, 8, 1)}
+    spread = jax.jit(partial(training, mg.sharded(mesh)(method)))
+    given = *sharding.replicate((key, state), mesh), gathered
+    assert_close(spread(*given), jax.jit(partial(training, method))(key, state, data))
+    moved = re.findall(
+        r" = (.*) (?:all-gather|all-to-all|collective-permute)\(",
+        spread.lower(*given).compile().as_text(),
+    )
+    assert not any("8,8,1]" in shape or "u8[" in shape for shape in moved), moved
+
+    seven = streaming.gatherer(mg.sampler(3, 1, 2, 7), stored, mesh)(key, np.arange(2))
+    assert seven.tasks.query.x.is_fully_replicated
 
 
 @many

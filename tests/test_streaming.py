@@ -12,7 +12,7 @@ import pytest
 from conftest import start
 
 from experiments import evaluate, loading, runs, scoring, store, train
-from mgaug_jax import episodes, loops, nets, protonet, sampler, trainer
+from mgaug_jax import episodes, loops, nets, protonet, sampler, sharding, trainer
 from mgaug_jax.data import load, on_disk, streaming
 
 COUNTS = (5, 8, 6, 9, 7, 5)
@@ -78,14 +78,10 @@ def test_a_number_that_was_not_gathered_gives_nan_not_another_task(stored):
         assert np.isnan(task.query.x).all() != known
 
 
-def test_hosts_gather_their_parts_of_the_tasks(stored):
+def test_tasks_gathered_for_a_mesh_are_the_same(stored):
     sample, key, numbers = sampler(3, 2, 2, 4), jax.random.key(7), np.arange(3)
-    whole = streaming.gatherer(sample, stored)(key, numbers).tasks
-    parts = [
-        streaming.gatherer(sample, stored, part)(key, numbers).tasks
-        for part in (slice(0, 1), slice(1, 4))
-    ]
-    equal(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts), whole)
+    whole = streaming.gatherer(sample, stored)(key, numbers)
+    equal(streaming.gatherer(sample, stored, sharding.mesh())(key, numbers), whole)
 
 
 def test_places_are_exact_up_to_the_largest_sets():

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from mgaug_jax import sharding
 from mgaug_jax.episodes import Images, normalise, with_rotations
 from mgaug_jax.types import Array, Examples, Task
 
@@ -131,7 +133,7 @@ def _drawer(sample: Sample):
 
 
 def gatherer(
-    sample: Sample, stored: Stored, part: slice = slice(None)
+    sample: Sample, stored: Stored, mesh: Mesh | None = None
 ) -> Callable[[Array, np.ndarray], Gathered]:
     """`(key, numbers [S]) -> tasks`, those that `sample` draws at the meta-steps of `loops.run`, or
     the episodes of `evaluate`, of these numbers.
@@ -139,7 +141,8 @@ def gatherer(
     Args:
       sample: `(key, images) -> tasks`, as for images on the device.
       stored: The images.
-      part: Of the tasks of a number; where several hosts share them, each gathers its own.
+      mesh: Devices that the tasks of a number are spread over. A host reads those of its own
+        devices alone, unless they are no multiple of the devices: then all.
     """
     try:  # where a GPU trains, a draw on it would wait for the steps that it is to be ahead of
         device = jax.local_devices(backend="cpu")[0]
@@ -153,13 +156,21 @@ def gatherer(
             drawn = draw(jax.device_put(key, device), numbers, images)
         keys, tasks = jax.device_get(drawn)
 
-        def read(examples: Examples) -> Examples:
-            where = np.rint(examples.x[:, part, :, 0, 0]).astype(np.int64)
-            pixels = take(stored, where[..., 0], where[..., 1])
-            return Examples(jax.device_put(pixels), examples.y[:, part])
+        def put(shape: tuple[int, ...], part: Callable[[Any], np.ndarray]) -> Array:
+            if mesh is None:
+                return jax.device_put(part(...))
+            place = sharding.along(mesh, shape[1])
+            return jax.make_array_from_callback(shape, place, lambda index: part(index[:2]))
 
-        tasks = Task(read(tasks.support), read(tasks.query))
-        return jax.device_put(Gathered(keys, tasks, stored.mean, stored.std))
+        def read(examples: Examples) -> Examples:
+            where = np.rint(examples.x[..., 0, 0, :]).astype(np.int64)
+            x = lambda part: take(stored, *np.moveaxis(where[part], -1, 0))
+            shape = (*where.shape[:-1], *stored.pixels.shape[2:])
+            return Examples(put(shape, x), put(examples.y.shape, lambda part: examples.y[part]))
+
+        whole = (keys, stored.mean, stored.std)
+        whole = jax.device_put(whole) if mesh is None else sharding.replicate(whole, mesh)
+        return Gathered(whole[0], Task(read(tasks.support), read(tasks.query)), *whole[1:])
 
     return gather
 
@@ -207,7 +218,7 @@ def ahead(make: Callable[[int], T], stop: int, depth: int = AHEAD) -> Iterator[C
 
 @contextmanager
 def feed(
-    sample: Sample, data: Any, key: Array, total: int, most: int
+    sample: Sample, data: Any, key: Array, total: int, most: int, mesh: Mesh | None = None
 ) -> Iterator[Callable[[int], tuple[Any, float]]]:
     """`at(number) -> (data, end)`: what `either(sample)` draws the tasks from of the numbers up to,
     not including, `end`. Images on disk are gathered block by block, other data are for all.
@@ -218,11 +229,12 @@ def feed(
       key: Of the numbers' keys, see `gatherer`.
       total: The last number, and one.
       most: Of numbers in a block.
+      mesh: See `gatherer`.
     """
     if not isinstance(data, Stored):
         yield lambda number: (data, math.inf)
         return
-    size, gather = rows(sample, data, most), gatherer(sample, data)
+    size, gather = rows(sample, data, most), gatherer(sample, data, mesh)
     make = lambda n: gather(key, np.arange(n * size, (n + 1) * size))
     with ahead(make, math.ceil(total / size)) as block:
         yield lambda number: (block(number // size), (number // size + 1) * size)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,13 @@ class ConvNet(nn.Module):
     way: int | None
     width: int
     depth: int
+    dtype: Any
     first: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
         stop = self.depth if stop is None else stop
+        x = x if self.dtype is None else x.astype(self.dtype)
         for i in range(start, stop):
             # The convolution's bias is a parameter that does nothing: the norm would take it away,
             # and what rounding makes of its gradient.
@@ -37,7 +40,7 @@ class ConvNet(nn.Module):
             return x
         # Channels first, as PyTorch flattens: `Dense` on a smaller map then takes the rows that
         # the released code takes.
-        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1).astype(lowering.summed(x))
         return x if self.way is None else Dense(self.way, name="head")(x)
 
 
@@ -88,10 +91,12 @@ class ResNet(nn.Module):
     way: int | None
     blocks: int
     pool: Callable[[Array], Array]
+    dtype: Any
     first: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int = 4) -> Array:
+        x = x if self.dtype is None else x.astype(self.dtype)
         if start == 0:
             x = Conv(64, 7, 2, False, kernel_init=normal_fan_out, name="conv")(x)
             x = nn.relu(BatchNorm(self.first, name="norm")(x))
@@ -103,7 +108,7 @@ class ResNet(nn.Module):
                 x = BasicBlock(64 * 2**stage, stride, self.first, name=name)(x)
         if stop < 4:
             return x
-        x = self.pool(x)
+        x = self.pool(x.astype(lowering.summed(x)))
         return x if self.way is None else Dense(self.way, name="head")(x)
 
 
@@ -133,6 +138,7 @@ def conv4(
     *,
     width: int = 64,
     image: tuple[int, int, int] = (84, 84, 3),
+    dtype: Any = None,
 ) -> Net:
     """Conv-4: four blocks of `width` channels and, unless `way` is None, a linear head.
 
@@ -140,13 +146,16 @@ def conv4(
       way: Number of classes; None for the embedding `[n, d]` that ProtoNet takes.
       width: Channels of every block; 64 in MGAug, 32 in Finn's mini-ImageNet runs.
       image: Height, width and channels of the largest images the network will see.
+      dtype: `jnp.bfloat16` to keep maps, and multiply, in it; parameters, their gradients, sums,
+        statistics and outputs stay float32. None: the type of parameters and images.
 
     Returns:
       A `Net`. 121,093 parameters for (84, 84, 3) and 5 ways, 113,088 without the head.
 
     Raises:
-      ValueError: The images are too small for four halvings.
+      ValueError: The images are too small for four halvings, or the type is another.
     """
+    _check_dtype(dtype)
     check_count("width", width)
     if way is not None:
         check_count("way", way)
@@ -155,7 +164,7 @@ def conv4(
             f"conv4 halves its input four times but the images are {image[0]}x{image[1]}. "
             "Use images of at least 16x16."
         )
-    module = ConvNet(way, width, depth=4)
+    module = ConvNet(way, width, depth=4, dtype=dtype)
     return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
 
 
@@ -164,12 +173,13 @@ def resnet10(
     *,
     image: tuple[int, int, int] = (224, 224, 3),
     pool: Callable[[Array], Array] = global_mean,
+    dtype: Any = None,
 ) -> Net:
-    """ResNet-10: one basic block per stage; `way` and `image` as in `conv4`.
+    """ResNet-10: one basic block per stage; `way`, `image` and `dtype` as in `conv4`.
 
     `pool` makes `[n, c]` of the last map: `global_mean`, or the released code's `top_left_mean`.
     """
-    return _resnet(way, 1, image, pool)
+    return _resnet(way, 1, image, pool, dtype)
 
 
 def resnet18(
@@ -177,15 +187,22 @@ def resnet18(
     *,
     image: tuple[int, int, int] = (224, 224, 3),
     pool: Callable[[Array], Array] = global_mean,
+    dtype: Any = None,
 ) -> Net:
     """ResNet-18: two basic blocks per stage; arguments as for `resnet10`."""
-    return _resnet(way, 2, image, pool)
+    return _resnet(way, 2, image, pool, dtype)
 
 
-def _resnet(way, blocks, image, pool) -> Net:
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype != jnp.bfloat16:
+        raise ValueError(f"dtype={dtype!r} must be jnp.bfloat16, or None for that of the images.")
+
+
+def _resnet(way, blocks, image, pool, dtype) -> Net:
+    _check_dtype(dtype)
     if way is not None:
         check_count("way", way)
-    module = ResNet(way, blocks, pool)
+    module = ResNet(way, blocks, pool, dtype)
     return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
 
 

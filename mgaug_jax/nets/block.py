@@ -33,7 +33,7 @@ def block(x: Array, kernel: Array, scale: Array, bias: Array, first: int | None 
     """
     if kernel.shape[2] < lowering.FEW:
         lowering.check_halves(x)
-        return _thin(x, kernel, scale, bias, first)
+        return _thin(x.astype(lowering.summed(x)), kernel, scale, bias, first).astype(x.dtype)
     return _composed(x, kernel, scale, bias, first)
 
 

@@ -45,7 +45,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.parameters(x.shape[-1])
         y = lowering.conv(x, kernel, self.stride, self.size // 2)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.astype(y.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -66,7 +66,8 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale, bias = self.parameters(x.shape[-1])
         mean, var = lowering.moments(x, self.first)
-        return (x - mean) * (scale * jax.lax.rsqrt(var + lowering.EPSILON)) + bias
+        y = (x - mean) * (scale * jax.lax.rsqrt(var + lowering.EPSILON)) + bias
+        return y.astype(x.dtype)
 
 
 class Dense(nn.Module):

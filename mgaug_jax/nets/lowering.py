@@ -8,6 +8,9 @@ norm (`nets.block` joins the three). All is products and slices under `vmap`, `s
 of reverse-mode derivatives. On a CPU a convolution goes through a few images at a time, so that
 what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by
 `jax.custom_vjp`.
+
+Maps in bfloat16 stay so: kernels, given in float32, are rounded for the products, whose sums, the
+kernels' gradients and all statistics are float32.
 """
 
 import functools
@@ -44,6 +47,18 @@ def conv(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
     return _strided(x, kernel, stride, padding)
 
 
+def summed(x: Array) -> Any:
+    """The type in which entries of `x` are added up."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def fast(x: Array, kernel: tuple[int, ...]) -> bool:
+    """Whether Winograd's algorithm is to be used with a kernel of such a shape; its sums and
+    differences would lose too much of bfloat16.
+    """
+    return kernel[0] == 3 and min(kernel[2:]) >= FEW and x.dtype != jnp.bfloat16
+
+
 EPSILON = 1e-5
 """Added to a variance, as in PyTorch."""
 
@@ -51,6 +66,7 @@ EPSILON = 1e-5
 def moments(x: Array, first: int | None = None) -> tuple[Array, Array]:
     """Mean and variance `[c]` of the first `first` examples `[n, ..., c]`, of all if None."""
     axes = tuple(range(x.ndim - 1))
+    x = x.astype(summed(x))
     mean = jnp.mean(x[:first], axes)
     return mean, jnp.mean(jnp.square(x[:first] - mean), axes)
 
@@ -103,14 +119,14 @@ def _norm_relu_pool_fwd(y, scale, bias, first):
     rate = jax.lax.rsqrt(var + EPSILON)
     sign = jnp.sign(scale)
     best = functools.reduce(lambda a, b: jnp.where(sign * b > sign * a, b, a), _windows(y))
-    z = jax.nn.relu((best - mean) * (scale * rate) + bias)
+    z = jax.nn.relu((best - mean) * (scale * rate) + bias).astype(y.dtype)
     return z, (y, best, z, mean, rate, scale)
 
 
 def _norm_relu_pool_bwd(first, residuals, dz):
     y, best, z, mean, rate, scale = residuals
     n, height, width, _ = y.shape
-    d = jnp.where(z > 0, dz, 0)
+    d = jnp.where(z > 0, dz, 0).astype(summed(y))
     dbias = jnp.sum(d, (0, 1, 2))
     dscale = jnp.sum(d * (best - mean), (0, 1, 2)) * rate
     # The number of the entry that was chosen, in reading order. `best` is a copy of it, so nothing
@@ -130,7 +146,7 @@ def _norm_relu_pool_bwd(first, residuals, dz):
     through = y * slope - (mean * slope + scale * rate * dbias / count)
     if first is not None:
         through = jnp.where((jnp.arange(n) < first)[:, None, None, None], through, 0)
-    return inside + through, dscale, dbias
+    return (inside + through).astype(y.dtype), dscale, dbias
 
 
 def _grown(x: Array, height: int, width: int) -> Array:
@@ -194,9 +210,20 @@ def patches(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     return jnp.concatenate(taps(padded(x, padding), kh, kw, stride), axis=-1)
 
 
+def _einsum(how: str, a: Array, b: Array) -> Array:
+    """As `jnp.einsum`, sums in `summed`."""
+    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)  # XLA has no such product there
+    return jnp.einsum(how, a, b, preferred_element_type=summed(a))
+
+
 def _product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     kh, kw, _, out = kernel.shape
-    return patches(x, kh, kw, stride, padding) @ kernel.reshape(-1, out)
+    kernel = kernel.reshape(-1, out)
+    if x.dtype == jnp.bfloat16:
+        kernel = kernel.astype(x.dtype)
+    taken = patches(x, kh, kw, stride, padding)
+    return _einsum("nhwk,ko->nhwo", taken, kernel).astype(jnp.result_type(x, kernel))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
@@ -210,24 +237,25 @@ def _strided(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 
 @jax.custom_vjp
 def _same(x: Array, kernel: Array) -> Array:
-    size, _, inputs, out = kernel.shape
-    if size == 3 and min(inputs, out) >= FEW:
+    if fast(x, kernel.shape):
         taps = winograd.kernel(kernel)
         return some_at_a_time(lambda x: winograd.convolve(x, taps), x)
-    return some_at_a_time(lambda x: _product(x, kernel, 1, size // 2), x)
+    return some_at_a_time(lambda x: _product(x, kernel, 1, len(kernel) // 2), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _correlate(x: Array, y: Array, size: int) -> Array:
     """Gradient of `sum(y * _same(x, kernel))` by the kernel, `[size, size, in, out]`."""
-    if size == 3 and min(x.shape[-1], y.shape[-1]) >= FEW:
+    shape = size, size, x.shape[-1], y.shape[-1]
+    if fast(x, shape):
         return winograd.kernel_transpose(sum_of_some(winograd.correlate, x, y))
 
     def flat(x: Array, y: Array) -> Array:
         # the kernel's transpose, since XLA multiplies `y^T x` faster than `x^T y` on a CPU
-        return jnp.einsum("nhwo,nhwk->ok", y, patches(x, size, size, 1, size // 2))
+        taken = patches(x, size, size, 1, size // 2)
+        return _einsum("nhwo,nhwk->ok", y, taken)
 
-    return sum_of_some(flat, x, y).T.reshape(size, size, x.shape[-1], y.shape[-1])
+    return sum_of_some(flat, x, y).T.reshape(shape)
 
 
 def _chunk(x: Array) -> int:
