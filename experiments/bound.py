@@ -43,6 +43,13 @@ from experiments.progress import Progress
 from mgaug_jax.divergences import LAWS
 
 USUAL = linear.Problem()
+RESERVATIONS = (
+    "The learner adapts, then prunes and adds noise; MGAug prunes, then adapts, without noise.",
+    "One sub-network at one rate; MGAug trains three at random rates.",
+    "T counts independent tasks, seen once, and m independent samples.",
+    "CP pays log C(n, k) for its mask; the theorem as printed does not, and then can fail.",
+)
+"""What every number must be read with."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_float("rho", 0.1, "Pruning rate, where it is not varied.")
@@ -92,6 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput(f"--pruner={FLAGS.pruner} is none of {', '.join(LAWS)}.")
     problem = linear.Problem(*(FLAGS[name].value for name in linear.Problem._fields))
     folder = store.output(FLAGS.out)
+    print("\n".join(RESERVATIONS))
     done = {}
     different = {tuple(one.values()): one for varied in settings.values() for one in varied}
     seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
@@ -105,7 +113,8 @@ def main(arguments: Sequence[str]) -> int:
         name: [done[tuple(one.values())] for one in varied] for name, varied in settings.items()
     }
     report = {"base": base, **problem._asdict(), "seed": FLAGS.seed, "seeds": FLAGS.seeds}
-    store.write_json(folder / "bound.json", report | {"rows": rows, "versions": store.versions()})
+    report |= {"reservations": RESERVATIONS, "rows": rows, "versions": store.versions()}
+    store.write_json(folder / "bound.json", report)
     store.write_csv(folder / "bound.csv", [flat(row) for row in done.values()])
     plots.bound(rows, folder / "bound.png")
     return 0

@@ -21,6 +21,8 @@ COLORS = {
     "task": "#e69f00",
     "mask": "#d55e00",
 }
+LINES = (("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
+"""Told apart by colour-blind readers, and in grey."""
 
 
 class Picture(NamedTuple):
@@ -56,9 +58,8 @@ def references(ax, chance: float) -> None:
 def slack(nats: np.ndarray, curves: dict[int, np.ndarray]) -> Picture:
     """What a divergence adds to the bound, for several numbers of samples."""
     figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    colors = plt.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
-    for color, (samples, values) in zip(colors, curves.items(), strict=True):
-        ax.semilogx(nats, values, color=color, label=f"m = {samples}")
+    for (color, style), (samples, values) in zip(LINES, curves.items(), strict=True):
+        ax.semilogx(nats, values, color=color, ls=style, label=f"m = {samples}")
     ax.axhline(1, color="black", lw=0.9)
     ax.set(xlabel="divergence of a task's posterior, nats", ylabel="task term", ylim=(0, 3))
     ax.legend()
@@ -106,15 +107,16 @@ def terms(
         line[0].set_ylabel("bound")
     for ax in axes[-1]:
         ax.set_xlabel("pruning rate rho")
-    axes[0, -1].legend(fontsize=8, loc="upper left")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, ncols=len(names), loc="outside upper center")
     return picture("terms", figure)
 
 
 def need(samples: np.ndarray, curves: dict[str, np.ndarray], here: int, chance: float) -> Picture:
     """The bound over m, everything else as measured."""
     figure, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for label, values in curves.items():
-        ax.semilogx(samples, values, label=label)
+    for (color, style), (label, values) in zip(LINES, curves.items(), strict=True):
+        ax.semilogx(samples, values, color=color, ls=style, label=label)
     references(ax, chance)
     ax.axvline(here, color="#999999", lw=0.9, ls="--")
     ax.set(xlabel="samples per task m (dashed: measured)", ylabel="bound", ylim=(0, 3))

@@ -17,6 +17,8 @@ from mgaug_jax import nets
 from mgaug_jax.types import Examples, Task
 
 jax.config.update("jax_debug_key_reuse", True)
+# For processes that tests start, since this one has read its environment.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -27,9 +29,9 @@ def x64():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compile():
-    """Halves the time XLA takes to compile, for tests that run everything once."""
+    """Halves the time XLA takes to compile, for modules whose tests run everything once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -12,6 +12,8 @@ from PIL import Image
 from experiments import compare, evaluate, loading, runs, scoring, store
 from mgaug_jax.data import DATASETS, describe, load, on_disk, pixels
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = runs.Config(
     method="protonet()",
     net="conv4(width=2)",

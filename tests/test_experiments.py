@@ -16,6 +16,8 @@ from conftest import refused, start
 from experiments import cli, compare, evaluate, loading, scoring, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     "--net=conv4(width=4)",

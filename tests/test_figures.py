@@ -22,6 +22,8 @@ from experiments.figures import figure
 
 from matplotlib import pyplot as plt
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 said = []
 for name, arguments, out in json.loads(sys.stdin.read()):
     module = import_module("experiments.figures." + name)

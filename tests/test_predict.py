@@ -13,6 +13,8 @@ from experiments import loading, predict, scoring, store, train
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Examples
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = (
     "--net=conv4(width=4)",
     "--way=3",

@@ -15,6 +15,8 @@ from experiments import evaluate, loading, runs, scoring, store, train
 from mgaug_jax import episodes, loops, nets, protonet, sampler, sharding, trainer
 from mgaug_jax.data import load, on_disk, streaming
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 COUNTS = (5, 8, 6, 9, 7, 5)
 LAWS = {
     "exclusive": episodes.mutually_exclusive,

@@ -66,6 +66,7 @@ CASES = {
         lambda net, lr: mg.cp(keep=0.8, sizes=(8, 6))(mg.fomaml(net, lr=lr, steps=1)),
     ),
 }
+OTHERS = sorted(CASES.keys() - {"taml", "sizes"})
 
 
 def problem(name):
@@ -99,7 +100,9 @@ def swept(name, steps, values=VALUES, poison=None):
     return members, losses
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["taml", "sizes", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
 def test_members_are_their_own_runs(x64, name):
     _, make, sample, data = problem(name)
     members, losses = swept(name, (3, 4))

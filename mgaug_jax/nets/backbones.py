@@ -23,7 +23,7 @@ class ConvNet(nn.Module):
     way: int | None
     width: int
     depth: int
-    dtype: Any
+    dtype: Any = None
     first: int | None = None
 
     @nn.compact
@@ -91,7 +91,7 @@ class ResNet(nn.Module):
     way: int | None
     blocks: int
     pool: Callable[[Array], Array]
-    dtype: Any
+    dtype: Any = None
     first: int | None = None
 
     @nn.compact

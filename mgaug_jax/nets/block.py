@@ -1,9 +1,9 @@
 """A block of Conv-4: convolution, batch norm, ReLU and the largest of every 2x2 window.
 
-With few channels in, as in the first block, the map is cheap to compute and large: it costs the
-memory that it is written to. There it is never written. Its mean and variance follow from those of
-the image patches, the norm goes into the kernel, and a few images at a time only the chosen entry
-of every window is kept, and its number for the way back.
+With few channels in and more out, as in the first block, the map is cheap to compute and large: it
+costs the memory that it is written to. There it is never written. Its mean and variance follow from
+those of the image patches, the norm goes into the kernel, and a few images at a time only the
+chosen entry of every window is kept, and its number for the way back.
 """
 
 import functools
@@ -31,7 +31,7 @@ def block(x: Array, kernel: Array, scale: Array, bias: Array, first: int | None 
     Raises:
       ValueError: The images have fewer than 2 rows or columns.
     """
-    if kernel.shape[2] < lowering.FEW:
+    if kernel.shape[2] < min(lowering.FEW, kernel.shape[3]):
         lowering.check_halves(x)
         return _thin(x.astype(lowering.summed(x)), kernel, scale, bias, first).astype(x.dtype)
     return _composed(x, kernel, scale, bias, first)
