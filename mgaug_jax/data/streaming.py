@@ -156,11 +156,11 @@ def gatherer(
             drawn = draw(jax.device_put(key, device), numbers, images)
         keys, tasks = jax.device_get(drawn)
 
-        def put(shape: tuple[int, ...], part: Callable[[Any], np.ndarray]) -> Array:
+        def put(shape: tuple[int, ...], part: Callable[[Any], Any]) -> Array:
             if mesh is None:
                 return jax.device_put(part(...))
             place = sharding.along(mesh, shape[1])
-            return jax.make_array_from_callback(shape, place, lambda index: part(index[:2]))
+            return jax.make_array_from_callback(shape, place, lambda at: part((at or ())[:2]))
 
         def read(examples: Examples) -> Examples:
             where = np.rint(examples.x[..., 0, 0, :]).astype(np.int64)

@@ -33,7 +33,8 @@ def block(x: Array, kernel: Array, scale: Array, bias: Array, first: int | None 
     """
     if kernel.shape[2] < min(lowering.FEW, kernel.shape[3]):
         lowering.check_halves(x)
-        return _thin(x.astype(lowering.summed(x)), kernel, scale, bias, first).astype(x.dtype)
+        z: Array = _thin(x.astype(lowering.summed(x)), kernel, scale, bias, first)
+        return z.astype(x.dtype)
     return _composed(x, kernel, scale, bias, first)
 
 
