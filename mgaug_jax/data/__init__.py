@@ -12,7 +12,7 @@ need no data: see `mgaug_jax.data.sinusoid`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +53,7 @@ class Manifest(NamedTuple):
       counts: C numbers of images.
       digest: SHA-256, in hex, of the class names, counts and pixels: the split's identity.
       skipped: Images that were left out since they could not be read.
+      roots: Folders of the data folder, or archives of them, that it was read from; "" is all.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Manifest(NamedTuple):
     counts: tuple[int, ...]
     digest: str
     skipped: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
 
 
 def _silent(text: str, done: int = 0, total: int = 0, /) -> None:
@@ -115,7 +117,7 @@ def load(
     )
 
 
-def on_disk(
+def opened(
     name: str,
     split: str,
     *,
@@ -126,46 +128,41 @@ def on_disk(
     skip_bad_images: int = 0,
     like: str | None = None,
     progress: Progress = _silent,
-) -> Stored:
-    """The images of a split, mapped from the cache, for `mgaug_jax.data.streaming`; see `load`.
+) -> tuple[Stored, Manifest]:
+    """The images of a split, mapped from the cache, which is built if need be, and what they are;
+    see `load`.
 
     With `like` they are decoded and normalised as those of that data set (at `size`), so that what
     was trained on it can be tested on them.
     """
     options = _options(splits, size, skip_bad_images, like)
     entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
-    return Stored(
+    about, source = entry.manifest, entry.manifest["source"]
+    stored = Stored(
         np.load(entry.pixels, mmap_mode="r"),
-        jnp.array(entry.manifest["counts"], jnp.int32),
+        jnp.array(about["counts"], jnp.int32),
         jnp.array(dataset.mean, jnp.float32),
         jnp.array(dataset.std, jnp.float32),
     )
-
-
-def describe(
-    name: str,
-    split: str,
-    *,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    splits: Splits | None = None,
-    size: int | None = None,
-    skip_bad_images: int = 0,
-    like: str | None = None,
-    progress: Progress = _silent,
-) -> Manifest:
-    """Classes and identity of a split, from the cache, which is built if need be; see `on_disk`."""
-    options = _options(splits, size, skip_bad_images, like)
-    entry, _ = _entry(name, split, data_dir, cache_dir, options, progress)
-    about = entry.manifest
-    return Manifest(
+    return stored, Manifest(
         name,
         split,
         tuple(about["classes"]),
         tuple(about["counts"]),
         about["digest"],
         tuple(about["skipped"]),
+        tuple(source) if dataset.tree else (),
     )
+
+
+def on_disk(name: str, split: str, **options: Any) -> Stored:
+    """The images of a split, for `mgaug_jax.data.streaming`; options as `opened`."""
+    return opened(name, split, **options)[0]
+
+
+def describe(name: str, split: str, **options: Any) -> Manifest:
+    """Classes and identity of a split; options as `opened`."""
+    return opened(name, split, **options)[1]
 
 
 def _options(
@@ -231,5 +228,6 @@ __all__ = [
     "describe",
     "load",
     "on_disk",
+    "opened",
     "sinusoid",
 ]
