@@ -15,6 +15,7 @@ from conftest import refused, start
 
 from experiments import cli, compare, evaluate, loading, scoring, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
+from mgaug_jax.data import pixels
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -366,11 +367,20 @@ def test_import_is_light():
     assert not loaded & heavy
 
 
-def test_readme_code_runs(monkeypatch, glyph_cache):
+def test_readme_code_runs(finished, tmp_path, monkeypatch, glyph_cache):
     monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(finished)
+    for place in ("support/a", "support/b", "support/c", "query"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "0.png").write_bytes(pixels.encode(np.eye(9, dtype=np.uint8) * 255))
     text = (ROOT / "README.md").read_text()
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     assert len(blocks) >= 2
     namespace: dict = {}
     for block in blocks:
         exec(block.replace("steps=200", "steps=2").replace("600", "10"), namespace)
+        if "predict.restored" in block:
+            assert namespace["classes"] == ["a", "b", "c"]
+            np.testing.assert_allclose(namespace["probabilities"].sum(1), [1], rtol=1e-5)
