@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
             except OSError as error:
                 raise cli.BadInput(f"cannot write {out}: {error.strerror}.") from error
             print(f"contact sheet: {out}")
-            for archive in archives(found):
+            for archive in archives(name):
                 print(f"{archive} has the SHA-256 {trees.sha256(archive)}")
     else:
         raise cli.BadInput(f"{' '.join(arguments)!r} is no command; give {POSITIONAL}.")
@@ -115,12 +115,11 @@ def read(name: str) -> dict[str, data.Manifest]:
     return found
 
 
-def archives(found: dict[str, data.Manifest]) -> list[Path]:
-    """The files that hold what was read, where it is not in folders."""
+def archives(name: str) -> list[Path]:
+    """The files of --data_dir that the data set lies in, where it is not in folders."""
     if FLAGS.data_dir is None:
         return []
-    roots = {root for about in found.values() for root in about.roots}
-    places = {trees.locate(Path(FLAGS.data_dir), root) for root in roots}
+    places = {trees.locate(Path(FLAGS.data_dir), root) for root in data.DATASETS[name].roots}
     return sorted(place for place in places if place is not None and place.is_file())
 
 

@@ -53,7 +53,6 @@ class Manifest(NamedTuple):
       counts: C numbers of images.
       digest: SHA-256, in hex, of the class names, counts and pixels: the split's identity.
       skipped: Images that were left out since they could not be read.
-      roots: Folders of the data folder, or archives of them, that it was read from; "" is all.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Manifest(NamedTuple):
     counts: tuple[int, ...]
     digest: str
     skipped: tuple[str, ...] = ()
-    roots: tuple[str, ...] = ()
 
 
 def _silent(text: str, done: int = 0, total: int = 0, /) -> None:
@@ -137,7 +135,7 @@ def opened(
     """
     options = _options(splits, size, skip_bad_images, like)
     entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
-    about, source = entry.manifest, entry.manifest["source"]
+    about = entry.manifest
     stored = Stored(
         np.load(entry.pixels, mmap_mode="r"),
         jnp.array(about["counts"], jnp.int32),
@@ -151,7 +149,6 @@ def opened(
         tuple(about["counts"]),
         about["digest"],
         tuple(about["skipped"]),
-        tuple(source) if dataset.tree else (),
     )
 
 

@@ -92,9 +92,8 @@ def from_files(files: Files) -> Dataset:
     def adapt(options: Options) -> Dataset:
         other = files._replace(size=options.size or files.size, skip=options.skip_bad_images)
         if options.splits is not None:  # which may take classes from anywhere
-            roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
-            roots = dict.fromkeys(SPLITS, roots)
-            other = other._replace(splits=options.splits, official=False, roots=roots)
+            anywhere = dict.fromkeys(SPLITS, roots)
+            other = other._replace(splits=options.splits, official=False, roots=anywhere)
         if (like := options.like) is not None:
             assert like.decode is not None  # of every data set that is read from files, or drawn
             decode = like.decode
@@ -107,6 +106,7 @@ def from_files(files: Files) -> Dataset:
             )
         return from_files(other)
 
+    roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
     said = ("splits", "count", "size", "official", "skip")
     parameters = {**files.parameters, **{name: getattr(files, name) for name in said}}
     return Dataset(
@@ -119,6 +119,7 @@ def from_files(files: Files) -> Dataset:
         adapt,
         decode=lambda data: files.decode(data, files.size),
         source=files.source,
+        roots=roots,
     )
 
 

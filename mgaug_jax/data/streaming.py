@@ -160,13 +160,16 @@ def gatherer(
             if mesh is None:
                 return jax.device_put(part(...))
             place = sharding.along(mesh, shape[1])
-            return jax.make_array_from_callback(shape, place, lambda index: part(index[:2]))
+            own = lambda index: part(index[:2])  # pyright: ignore[reportOptionalSubscript]
+            return jax.make_array_from_callback(shape, place, own)
 
         def read(examples: Examples) -> Examples:
             where = np.rint(examples.x[..., 0, 0, :]).astype(np.int64)
             x = lambda part: take(stored, *np.moveaxis(where[part], -1, 0))
             shape = (*where.shape[:-1], *stored.pixels.shape[2:])
-            return Examples(put(shape, x), put(examples.y.shape, lambda part: examples.y[part]))
+            return Examples(
+                put(shape, x), put(examples.y.shape, lambda part: np.asarray(examples.y)[part])
+            )
 
         whole = (keys, stored.mean, stored.std)
         whole = jax.device_put(whole) if mesh is None else sharding.replicate(whole, mesh)
