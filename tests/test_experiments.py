@@ -76,10 +76,13 @@ def test_run_leaves_everything_behind(finished):
     assert all(set(record) == set(names.split()) for record in validations)
 
 
-def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch):
+def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shorter = [*TINY, "--steps=3", f"--out={folder}"]  # between two evaluations
     assert start(monkeypatch, train, *shorter) == 0
+    said = capsys.readouterr().out
+    digests = json.loads((folder / "config.json").read_text())["digests"]
+    assert all(f"{split:<6} hash {digest}" in said for split, digest in digests.items())
     assert start(monkeypatch, train, *TINY, f"--out={folder}", "--resume") == 0
     resumed, whole = final_state(folder), final_state(finished)
     assert resumed.state.step == whole.state.step == 4
