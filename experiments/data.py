@@ -7,7 +7,8 @@
 
 `list` prints every data set with its classes, its source and the layout expected in --data_dir.
 `check` reads every image of every split and says what is there (classes, images, the hash that a
-run records, images left out) and what is missing, and draws a contact sheet into --out. `prepare`
+run records, images left out, the SHA-256 of an archive) and what is missing, and draws a contact
+sheet into --out. `prepare`
 builds the caches that a run would build first. Both keep what they decoded in the cache. `download`
 brings the official files of Omniglot, CIFAR-100 or CUB to --data_dir, held to their published
 SHA-256; what was cut off, the same command goes on with.
@@ -23,6 +24,7 @@ from absl import flags
 from experiments import cli, download, plots, source
 from experiments.progress import Watch
 from mgaug_jax import data
+from mgaug_jax.data import trees
 
 POSITIONAL = "list, check NAME, prepare NAME or download NAME"
 LAYOUT = re.compile(r"; give a data_dir[a-z ]*:$")
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
             except OSError as error:
                 raise cli.BadInput(f"cannot write {out}: {error.strerror}.") from error
             print(f"contact sheet: {out}")
+            for archive in archives(name):
+                print(f"{archive} has the SHA-256 {trees.sha256(archive)}")
     else:
         raise cli.BadInput(f"{' '.join(arguments)!r} is no command; give {POSITIONAL}.")
     return 0
@@ -109,6 +113,14 @@ def read(name: str) -> dict[str, data.Manifest]:
             f"{' and '.join(missing)} of {name} cannot be read: {next(iter(missing.values()))}"
         )
     return found
+
+
+def archives(name: str) -> list[Path]:
+    """The files of --data_dir that the data set lies in, where it is not in folders."""
+    if FLAGS.data_dir is None:
+        return []
+    places = {trees.locate(Path(FLAGS.data_dir), root) for root in data.DATASETS[name].roots}
+    return sorted(place for place in places if place is not None and place.is_file())
 
 
 def sample(name: str, about: data.Manifest) -> list[tuple[str, np.ndarray]]:

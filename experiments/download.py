@@ -4,7 +4,6 @@ A file is written as NAME.part, which a later call goes on with, and becomes NAM
 is the published one.
 """
 
-import hashlib
 import http.client
 import urllib.request
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from experiments import cli
 from experiments.progress import Progress
 from mgaug_jax.data.files import shipped
+from mgaug_jax.data.trees import sha256
 
 BLOCK, SECONDS = 2**20, 60
 """Bytes that are read at once, and how long to wait for them."""
@@ -55,7 +55,7 @@ def fetch(remote: Remote, folder: Path, say: Callable[[str], None]) -> None:
     """
     path, part = folder / remote.name, folder / f"{remote.name}.part"
     if path.exists():
-        if (digest := _sha256(path)) != remote.sha256:
+        if (digest := sha256(path)) != remote.sha256:
             raise cli.BadInput(
                 f"{path} has the SHA-256 {digest} instead of {remote.sha256}; move it away, or use "
                 "it as it is: check says whether it holds the data set."
@@ -81,7 +81,7 @@ def fetch(remote: Remote, folder: Path, say: Callable[[str], None]) -> None:
         raise cli.Failed(
             f"{remote.url} ended after {have} of {remote.size} bytes; {part} is kept, {again}"
         )
-    if (digest := _sha256(part)) != remote.sha256:
+    if (digest := sha256(part)) != remote.sha256:
         part.unlink()
         raise cli.Failed(
             f"{remote.url} has the SHA-256 {digest} instead of {remote.sha256}: it has changed, or "
@@ -109,8 +109,3 @@ def _append(remote: Remote, part: Path, have: int) -> None:
                 have += len(data)
                 shown.at(have)
         shown.close()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,8 @@ Without --data, --data_dir and --splits say where the run's own data are now.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -24,7 +24,6 @@ from absl import flags
 from experiments import cli, loading, runs, scoring, source, store
 
 FLAGS = flags.FLAGS
-MEMORY = scoring.MEMORY_EPISODES
 flags.DEFINE_string("run", None, "Folder of the run.")
 flags.DEFINE_integer("episodes", scoring.TEST_EPISODES, "Test episodes.")
 flags.DEFINE_integer("test_seed", scoring.TEST_SEED, "Seed of the episodes.")
@@ -33,11 +32,12 @@ flags.DEFINE_string(
     "data", None, "Data set to test on. Default: the run's own.", allow_override=True
 )
 source.define_stream()
-flags.DEFINE_float(
-    "ci_z", 1.96, "Half an interval in standard errors; MGAug's text reads as 1.", lower_bound=0
-)
+flags.DEFINE_float("ci_z", 1.96, "Half an interval in standard errors; MGAug's text reads as 1.")
 flags.DEFINE_integer(
-    "ci_group", 1, "Episodes averaged before their spread is taken; the released code's 4 for MAML."
+    "ci_group",
+    1,
+    "Episodes averaged before the spread of an interval is taken. The released code's tests of "
+    "MAML: 4, with --episodes=2404.",
 )
 flags.DEFINE_string("output", None, "Folder to write to. Default: RUN/evaluation.")
 
@@ -48,11 +48,14 @@ def main(arguments: Sequence[str]) -> int:
         raise cli.BadInput("--run is missing; give the folder of a run.")
     if FLAGS.episodes < 1:
         raise cli.BadInput(f"--episodes={FLAGS.episodes} must be 1 or more.")
-    if FLAGS.ci_group < 1 or any(count % FLAGS.ci_group for count in (FLAGS.episodes, MEMORY)):
-        raise cli.BadInput(
-            f"--ci_group={FLAGS.ci_group} must divide --episodes={FLAGS.episodes}, and the "
-            f"{MEMORY} training tasks that are tested too."
-        )
+    if not 0 <= FLAGS.ci_z < math.inf:
+        raise cli.BadInput(f"--ci_z={FLAGS.ci_z} must be a number from 0 up.")
+    counts = {f"--episodes={FLAGS.episodes}": FLAGS.episodes}
+    if FLAGS.data is None:
+        memory = scoring.MEMORY_EPISODES
+        counts[f"the {memory} training tasks that are tested too"] = memory
+    if FLAGS.ci_group < 1 or any(count % FLAGS.ci_group for count in counts.values()):
+        raise cli.BadInput(f"--ci_group={FLAGS.ci_group} must divide {' and '.join(counts)}.")
     folder = Path(FLAGS.run)
     runs.check_seed("test_seed", FLAGS.test_seed)
     config = store.read_config(folder)
@@ -62,9 +65,9 @@ def main(arguments: Sequence[str]) -> int:
         print("note: the run has had no validation yet; these are its initial parameters")
     output = store.output(FLAGS.output or str(folder / _name()))
     judges = scoring.judges(made)
-    summary = partial(scoring.summary, z=FLAGS.ci_z, group=FLAGS.ci_group)
+    count, seed = FLAGS.episodes, FLAGS.test_seed
     found, scores = scoring.measure(
-        made, judges, saved.best, FLAGS.episodes, FLAGS.test_seed, summary
+        made, judges, saved.best, count, seed, FLAGS.ci_z, FLAGS.ci_group
     )
     chance = 1 / made.config.way if made.metric == "accuracy" else None
     results = {

@@ -87,9 +87,9 @@ def on_other(config: Config, name: str, options: dict[str, Any], say, stream: st
         raise BadInput(f"a run on {config.data} cannot be tested on {name}: one has no images.")
     options = options | {"size": config.image_size, "like": config.data}
     try:
-        stored = data.on_disk(name, "test", progress=Watch(say), **options)
+        stored, about = data.opened(name, "test", progress=Watch(say), **options)
+        stored = streaming.turned(stored) if config.test_rotations else stored
         episode = _episode(config, {"test": stored})
-        digest = data.describe(name, "test", **options).digest
         made = for_images(config, stored.pixels.shape[2:], stored.mean, stored.std)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
@@ -97,7 +97,7 @@ def on_other(config: Config, name: str, options: dict[str, Any], say, stream: st
         config=dataclasses.replace(config, data=name),
         episode=episode,
         splits=placed({"test": stored}, stream, say),
-        digests={"test": digest},
+        digests={"test": about.digest},
         permuted=None,
     )
 
@@ -138,15 +138,17 @@ def _classification(config: Config, say, stream: str) -> Setup:
         "size": config.image_size,
         "skip_bad_images": config.skip_bad_images,
     }
-    stored = {
-        name: data.on_disk(config.data, name, progress=Watch(say), **options) for name in names
+    opened = {
+        name: data.opened(config.data, name, progress=Watch(say), **options) for name in names
     }
-    if config.rotations:
-        stored["train"] = streaming.turned(stored["train"])
+    stored = {name: images for name, (images, _) in opened.items()}
+    for name in names:
+        if config.rotations if name == "train" else config.test_rotations:
+            stored[name] = streaming.turned(stored[name])
     splits = placed(stored, stream, say)
     episodes.check(splits["train"], config.way, config.shot, config.queries, "the train split")
     episode = _episode(config, {name: splits[name] for name in ("val", "test")})
-    digests = {name: data.describe(config.data, name, **options).digest for name in names}
+    digests = {name: about.digest for name, (_, about) in opened.items()}
     train = splits["train"]
     made = for_images(config, train.pixels.shape[2:], train.mean, train.std)
     return made._replace(sample=sample, episode=episode, splits=splits, digests=digests)

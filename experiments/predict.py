@@ -14,7 +14,7 @@ an image depends on which others are classified with it.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,11 +24,11 @@ from absl import flags
 
 from experiments import cli, loading, runs, store
 from mgaug_jax import data
-from mgaug_jax.data.files import SUFFIXES
+from mgaug_jax.data.files import may_be_image
 from mgaug_jax.data.ingest import BROKEN, decoded
 from mgaug_jax.data.record import Options
 from mgaug_jax.episodes import normalise
-from mgaug_jax.types import Examples
+from mgaug_jax.types import Examples, MetaParams
 
 SHOWN = 20
 FLAGS = flags.FLAGS
@@ -43,30 +43,51 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("run", "support_dir", "query_dir"):
         if FLAGS[name].value is None:
             raise cli.BadInput(f"--{name} is missing; --help shows an example.")
-    folder = Path(FLAGS.run)
+    made, params, batch = restored(FLAGS.run)
+    classes, support = labelled(FLAGS.support_dir, batch)
+    queries = images_below(FLAGS.query_dir)
+    found = np.asarray(probabilities(made, params, support, batch(queries)))
+    write(Path(FLAGS.out or "predictions.csv"), classes, queries, found)
+    return 0
+
+
+def restored(
+    folder: str | Path,
+) -> tuple[runs.Setup, MetaParams, Callable[[list[Path]], jax.Array]]:
+    """Of a run: its setup, the parameters that were best on validation, and `files -> x [n, h, w,
+    c]`, which reads images as the run's own were. The run's data are not needed.
+
+    Raises:
+      BadInput: It is no run on images; of the reader: a file cannot be read.
+    """
+    folder = Path(folder)
     config = store.read_config(folder)
     if config.data not in data.DATASETS:
         raise cli.BadInput(f"{folder} was trained on {config.data}, which are no images.")
     dataset = data.DATASETS[config.data]
     if dataset.adapt is not None:
         dataset = dataset.adapt(Options(size=config.image_size))
-    classes = support_files(Path(FLAGS.support_dir))
-    queries = images_below(Path(FLAGS.query_dir))
-    shown = [path for paths in classes.values() for path in paths]
-    pixels = {path: read(dataset, path) for path in [*shown, *queries]}
-    made = loading.for_images(
-        config, pixels[queries[0]].shape, jnp.array(dataset.mean), jnp.array(dataset.std)
-    )
+    size, mean, std = dataset.parameters["size"], jnp.array(dataset.mean), jnp.array(dataset.std)
+    made = loading.for_images(config, (size, size, len(mean)), mean, std)
 
     def batch(paths: list[Path]) -> jax.Array:
-        return normalise(jnp.array([pixels[path] for path in paths]), *made.problem.pixels)
+        return normalise(jnp.array(np.stack([read(dataset, path) for path in paths])), mean, std)
 
+    return made, store.restore(made, folder).best, batch
+
+
+def labelled(
+    folder: str | Path, batch: Callable[[list[Path]], jax.Array]
+) -> tuple[list[str], Examples]:
+    """The classes of a folder with a sub-folder for each, and their images, read by `batch`.
+
+    Raises:
+      BadInput: As `support_files` and `batch`.
+    """
+    classes = support_files(Path(folder))
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
-    support = Examples(batch(shown), jnp.eye(len(classes))[labels])
-    params = store.restore(made, folder).best
-    found = np.asarray(probabilities(made, params, support, batch(queries)))
-    write(Path(FLAGS.out or "predictions.csv"), list(classes), queries, found)
-    return 0
+    x = batch([path for paths in classes.values() for path in paths])
+    return list(classes), Examples(x, jnp.eye(len(classes))[labels])
 
 
 def probabilities(made: runs.Setup, params, support: Examples, x: jax.Array) -> jax.Array:
@@ -107,7 +128,7 @@ def support_files(folder: Path) -> dict[str, list[Path]]:
     return {path.name: images_below(path) for path in names}
 
 
-def images_below(folder: Path) -> list[Path]:
+def images_below(folder: str | Path) -> list[Path]:
     """All images in a folder and its sub-folders.
 
     Raises:
@@ -115,8 +136,8 @@ def images_below(folder: Path) -> list[Path]:
     """
     found = sorted(
         path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        for path in Path(folder).rglob("*")
+        if path.is_file() and may_be_image(path.name) and not path.name.startswith(".")
     )
     if not found:
         raise cli.BadInput(f"{folder} holds no image; give a folder of PNG or JPEG files.")

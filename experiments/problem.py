@@ -50,9 +50,11 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "rotations", False, "Training classes turned by 90, 180 and 270 degrees are classes too."
 )
+flags.DEFINE_bool("test_rotations", False, "The same of the classes of validation and test.")
 NAMES = (
     "net data data_dir splits image_size skip_bad_images labels way shot queries tasks steps "
-    "outer_lr schedule rotations test_shot test_queries test_steps test_labels"
+    "outer_lr schedule rotations test_shot test_queries test_steps test_labels "
+    "test_rotations"
 ).split()
 
 

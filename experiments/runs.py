@@ -52,6 +52,7 @@ class Config:
     test_queries: int | None = None
     test_steps: int | None = None
     test_labels: str = "exclusive"
+    test_rotations: bool = False
 
     @property
     def task(self) -> str:

@@ -75,21 +75,21 @@ class Judges(NamedTuple):
 
     Attributes:
       test: An `evaluator` of the tests' tasks.
-      training: `on_training`; None where no training task has names to memorise.
+      training: `on_training`; None without training tasks, on another data set.
     """
 
     test: Callable[..., Scores]
-    training: Callable[..., tuple[Scores, np.ndarray]] | None
+    training: Callable[..., tuple[Scores, np.ndarray | None]] | None
 
 
 def judges(made: Setup) -> Judges:
     """Those of a run; each compiles when it is first used."""
-    return Judges(evaluator(made), None if made.permuted is None else on_training(made))
+    return Judges(evaluator(made), on_training(made) if "train" in made.splits else None)
 
 
 def validation(made: Setup, judges: Judges, params: MetaParams) -> dict[str, float]:
     """What is recorded of a state while it is trained: score and its interval on validation tasks,
-    before adaptation too; on a few training tasks the same, and label memory.
+    before adaptation too; on a few training tasks the same, and label memory where there is any.
     """
     scores = judges.test(params, made.splits["val"], VALIDATION_SEED, VALIDATION_EPISODES)
     of_all = summary(scores.adapted)
@@ -103,32 +103,40 @@ def validation(made: Setup, judges: Judges, params: MetaParams) -> dict[str, flo
         found |= {
             f"train_{made.metric}": float(own.adapted.mean()),
             "train_step0": float(own.initial.mean()),
-            "label_memory": float(gain.mean()),
         }
+        if gain is not None:
+            found["label_memory"] = float(gain.mean())
     return found
 
 
 def summary(scores: np.ndarray, z: float = 1.96, group: int = 1) -> dict[str, float]:
-    """Mean, half width of the 95 % interval, std over episodes and their number; `interval` says
-    what `z` and `group` change.
+    """Mean, half width of the interval, std over episodes and their number, and with groups also
+    that of their means; `interval` says what `z` and `group` are.
     """
     mean, half_width, std, count = interval(jnp.asarray(scores), z, group)
-    return {
+    found = {
         "mean": float(mean),
         "half_width": float(half_width),
-        "std": float(std),
+        "std": float(jnp.std(jnp.asarray(scores))),
         "episodes": int(count),
     }
+    return found if group == 1 else found | {"group_std": float(std)}
 
 
 def measure(
-    made: Setup, judges: Judges, params: MetaParams, count: int, seed: int, summary=summary
+    made: Setup,
+    judges: Judges,
+    params: MetaParams,
+    count: int,
+    seed: int,
+    z: float = 1.96,
+    group: int = 1,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The test of a trained run: `(what was measured, per-episode scores by name)`.
 
     On the same episodes: after adaptation, before it (step 0), the untrained network, and, for
     images, the nearest class mean of raw pixels. On training tasks: after and before adaptation,
-    and label memory.
+    and label memory. `z` and `group` are those of `summary`.
     """
     judge = judges.test
     split = made.splits["test"]
@@ -144,24 +152,32 @@ def measure(
         pixels = nets.from_functions(lambda key: {}, lambda params, x: x.reshape(len(x), -1))
         nearest = evaluator(made, methods.protonet(pixels))
         scores["pixels"] = nearest(MetaParams({}, {}), split, seed, count, "test, pixels").adapted
-    found = {name: summary(values) for name, values in scores.items()}
+    rows = dict(scores)
     if judges.training is not None:
         own, gain = judges.training(params)
-        found["train"], found["train_step0"] = summary(own.adapted), summary(own.initial)
-        found["label_memory"] = summary(gain)
-    return found, scores
+        rows |= {"train": own.adapted, "train_step0": own.initial}
+        if gain is not None:
+            rows["label_memory"] = gain
+    return {name: summary(values, z, group) for name, values in rows.items()}, scores
 
 
 def label_memory(made: Setup) -> Callable[..., np.ndarray]:
-    """The gain of `on_training` alone."""
+    """The gain of `on_training` alone, of a setup that has one."""
     measure = on_training(made)
-    return lambda *arguments, **options: measure(*arguments, **options)[1]
+
+    def gain(*arguments: Any, **options: Any) -> np.ndarray:
+        found = measure(*arguments, **options)[1]
+        assert found is not None
+        return found
+
+    return gain
 
 
-def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray]]:
+def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray | None]]:
     """A compiled `(params, seed, count) -> (scores, gain per episode)` on training tasks. The gain,
     label memory, is accuracy after adaptation with their labels minus with permuted ones; for
-    regression, squared error with permuted minus own.
+    regression, squared error with permuted minus own; None where nothing names a task (sinusoids
+    of any amplitude and phase).
 
     The same tasks twice. Where classes keep their labels (NME) the difference is what the network
     answers from memory; where labels are drawn anew (ME) there is none to find.
@@ -176,15 +192,18 @@ def on_training(made: Setup) -> Callable[..., tuple[Scores, np.ndarray]]:
     def own(key: Array, split: Any) -> Task:
         return made.sample(jax.random.split(key)[0], split)
 
-    judges = [evaluator(made, sample=draw) for draw in (own, permuted)]
+    draws = (own,) if made.permuted is None else (own, permuted)
+    judges = [evaluator(made, sample=draw) for draw in draws]
 
     def both(
         params: MetaParams, seed: int = MEMORY_SEED, count: int = MEMORY_EPISODES
-    ) -> tuple[Scores, np.ndarray]:
-        own, permuted = (
-            judge(params, made.splits["train"], seed, count, "label memory") for judge in judges
+    ) -> tuple[Scores, np.ndarray | None]:
+        own, *others = (
+            judge(params, made.splits["train"], seed, count, "training tasks") for judge in judges
         )
-        difference = own.adapted - permuted.adapted
+        if not others:
+            return own, None
+        difference = own.adapted - others[0].adapted
         return own, difference if made.metric == "accuracy" else -difference
 
     return both
@@ -226,6 +245,8 @@ def print_results(results: dict[str, Any]) -> None:
     for name, label in labels.items():
         if name in results:
             found = results[name]
-            print(f"  {label:<34} {found['mean']:.4f} +- {found['half_width']:.4f}")
+            group = f", of means {found['group_std']:.4f}" if "group_std" in found else ""
+            interval = f"{found['mean']:.4f} +- {found['half_width']:.4f}"
+            print(f"  {label:<34} {interval}  (std {found['std']:.4f}{group})")
     if results["chance"]:
         print(f"  {'chance':<34} {results['chance']:.4f}")

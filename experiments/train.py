@@ -84,6 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = processes.on_first(lambda: claimed(made, held), Path())
         folder = Path(processes.text_of_first(str(folder)))
         print(f"{made.config.method} on {made.config.task} -> {folder}")
+        for split, digest in made.digests.items():
+            print(f"{split:<6} hash {digest}")
         judges = scoring.judges(made)
         started = time.monotonic()
         with cli.Interruption() as stop:

@@ -1,6 +1,8 @@
 """The entry points for data sets, as a user meets them."""
 
+import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -53,6 +55,15 @@ def test_check_says_what_is_there_and_draws_it(own, monkeypatch, capsys):
             with Image.open(own / split / name / "0.png") as image:
                 colour = np.asarray(image)[0, 0]
             assert (shown == colour).all(axis=1).sum() > 100
+
+
+def test_check_shows_the_hash_of_an_archive(own, tmp_path, monkeypatch, capsys):
+    path = Path(shutil.make_archive(str(tmp_path / "any"), "zip", own))
+    assert start(monkeypatch, entry, "check", "folder", f"--data_dir={path}") == 0
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"{path} has the SHA-256 {digest}" in capsys.readouterr().out
+    assert start(monkeypatch, entry, "check", "folder", f"--data_dir={own}") == 0
+    assert "SHA-256" not in capsys.readouterr().out
 
 
 def test_glyphs_need_no_folder(tmp_path, monkeypatch, capsys, glyph_cache):

@@ -6,10 +6,12 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
 import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from PIL import Image
 from mgaug_jax.data import (
     DATASETS,
     SPLITS,
+    cache,
     cifar,
     cub,
     dclaw,
@@ -433,6 +436,19 @@ def test_own_photographs_stand_upright(tmp_path, own):
     )
 
 
+def deep_png(kind: int, channels: int) -> bytes:
+    """A PNG of 2 x 2 pixels with 16 bits per channel, which Pillow cannot write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    rows = zlib.compress(2 * (b"\0" + bytes(2 * 2 * channels)))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
 def broken_png() -> bytes:
     data = bytearray(png(0))
     data[data.index(b"IDAT") + 20] ^= 255
@@ -446,6 +462,9 @@ def broken_png() -> bytes:
         (png(0)[:-60], "truncated"),
         (broken_png(), ""),
         (encoded(Image.fromarray(COLOURS), "GIF"), "neither PNG nor JPEG"),
+        (deep_png(2, 3), "it has 16 bits per channel"),
+        (deep_png(6, 4), "it has 16 bits per channel"),
+        (deep_png(4, 2), "it has 16 bits per channel"),
         (encoded(Image.fromarray(COLOURS), "EPS"), "neither PNG nor JPEG"),
         (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "neither PNG nor JPEG"),
         (b"\x89PNG\r\n\x1a\n", ""),
@@ -472,6 +491,27 @@ def test_bad_images_are_refused_by_name_or_skipped_and_listed(tmp_path, own, dat
     clean = load("folder", "train", **where)
     assert jnp.array_equal(images.pixels[:, :3], clean.pixels)
     assert jnp.array_equal(images.counts, clean.counts)
+
+
+def test_nothing_in_a_class_folder_is_left_out_silently(tmp_path, own):
+    """What decodes is an image whatever its name; what does not is refused, but for usual notes."""
+    horse = own / "train/horse"
+    for name in ("Thumbs.db", "notes.TXT", "a.xml", ".hidden.png"):
+        write(horse / name, b"")
+    write(horse / "no suffix", png(7))
+    write(horse / "a.jpe", png(8))
+    where = {"data_dir": own, "cache_dir": tmp_path / "cache"}
+    about = describe("folder", "train", **where)
+    assert dict(zip(about.classes, about.counts, strict=True))["horse"] == 4
+    for name in ("a.webp", "b.bmp"):
+        write(horse / name, encoded(Image.fromarray(COLOURS), name[2:]))
+    said = refusal(**where)
+    assert "train/horse/a.webp (its content is neither PNG nor JPEG)" in said
+    assert "2 images cannot be read" in refusal(skip_bad_images=1, **where)
+    about = describe("folder", "train", skip_bad_images=2, **where)
+    assert about.skipped == ("train/horse/a.webp", "train/horse/b.bmp")
+    write(own / "train/c.webp", b"")
+    assert "train/c.webp does not belong there" in refusal(**where)
 
 
 def test_no_more_images_are_skipped_than_asked(tmp_path, own):
@@ -509,6 +549,27 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path, own, monkeypatch):
     said = refusal(data_dir=own, cache_dir=tmp_path / "cache")
     assert "cannot be kept in the cache" in said
     assert "Permission denied" in said
+    # nor may one be read that lies in a locked folder; root, as which tests may run, always may
+    monkeypatch.setattr(Path, "exists", lambda path: "folder-" in path.name and refuse())
+    with pytest.raises(ValueError, match="cannot be kept in the cache"):
+        cache.cached(
+            DATASETS["folder"]._replace(fingerprint=lambda *place: ""),
+            *("folder", "train", own, tmp_path / "cache", lambda *told: None),
+        )
+
+
+def test_what_killed_builders_left_is_swept_away_and_no_other(tmp_path, own):
+    left = {name: tmp_path / "cache" / f".building-{name}" for name in ("killed", "new", "live")}
+    for path in left.values():
+        write(path / "scratch/half", b"half")
+    for name in ("killed", "live"):
+        os.utime(left[name], (0, 0))
+    with (left["live"] / "lock").open("w") as lock:
+        os.utime(left["live"], (0, 0))
+        cache._lock(lock)
+        describe("folder", "train", data_dir=own, cache_dir=tmp_path / "cache")
+    assert {name for name in left if left[name].exists()} == {"new", "live"}
+    assert (left["live"] / "scratch/half").exists()
 
 
 @pytest.mark.parametrize(
@@ -599,7 +660,7 @@ def synsets(tmp_path, monkeypatch) -> Path:
 def test_mini_imagenet_is_the_same_from_every_form(tmp_path, synsets):
     rank = {i + 1: n for i, n in enumerate(sorted((4, 10, 9, 101, 33)))}
     forms = [synsets]
-    for kind in ("names", "classes", "pickles"):
+    for kind in ("names", "classes", "pickles", "labels", "named labels"):
         forms.append(tmp_path / kind)
     for split, names in SYNSETS.items():
         rows, classes = [], {}
@@ -613,6 +674,16 @@ def test_mini_imagenet_is_the_same_from_every_form(tmp_path, synsets):
         content = {"image_data": np.stack(rows), "class_dict": classes}
         path = forms[3] / f"mini-imagenet-cache-{split}.pkl"
         write(path, pickle.dumps(content, protocol=2 if split == "train" else 5))
+        part = "train_phase_train" if split == "train" else split
+        numbers = {name: 64 + c for c, name in enumerate(names)}
+        labels = [numbers[name] for name in names for _ in CHOSEN]
+        content = {b"data": np.stack(rows), b"labels": labels}
+        named = {"data": np.stack(rows[::-1]), "labels": labels, "catname2label": {}}
+        for name, number in zip(names, sorted(numbers.values(), reverse=True), strict=True):
+            named["catname2label"][name] = number
+        for form, each in ((forms[4], content), (forms[5], named)):
+            path = form / f"miniImageNet_category_split_{part}.pickle"
+            write(path, pickle.dumps(each, protocol=2))
     (forms[1] / "train.csv").write_text("filename,label\n")
     forms.append(archive(forms[1], tmp_path / "any.zip"))
     for split in SPLITS:

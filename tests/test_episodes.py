@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgaug_jax import Images, episodes, sample_task, sampler
+from mgaug_jax import Images, episodes, evaluate, fomaml, nets, sample_task, sampler
 from mgaug_jax.types import Examples, Task
 
-WAY, SHOT, QUERIES = 3, 2, 3
+SIZES = WAY, SHOT, QUERIES = 3, 2, 3
 COUNTS = (5, 8, 6, 9, 7, 5, 9)
 LAWS = {
     "mutually exclusive": episodes.mutually_exclusive,
     "fixed labels": episodes.fixed_labels,
     "fixed groups": episodes.fixed_groups,
+    "shuffled groups": episodes.shuffled_groups,
 }
 
 
@@ -117,6 +118,31 @@ def test_normalise_scales_shifts_and_divides():
     want = (pixels / 255.0 - mean) / std
     got = episodes.normalise(jnp.asarray(pixels), jnp.asarray(mean), jnp.asarray(std))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_that_learned_nothing_guess(quick_compile):
+    """Accuracy before adaptation is 1 / W: no law gives a label away. A network for every task, for
+    one network may happen to know what fixed labels are.
+    """
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 200, (7, 1, 16, 16, 1)) + rng.integers(0, 56, (7, 9, 16, 16, 1))
+    pixels = pixels.astype(np.uint8)
+    images = Images(jnp.asarray(pixels), jnp.asarray(COUNTS), jnp.full(1, 0.5), jnp.full(1, 0.3))
+    method = fomaml(nets.conv4(WAY, width=4, image=(16, 16, 1)), lr=0.1, steps=1)
+    init = method.algorithm(method.net, method.inner).init
+
+    def score(given):
+        key, classes = given
+        k_init, k_task = jax.random.split(key)
+        sample = sampler(*SIZES, 1, lambda *_: classes)
+        return evaluate(method, k_task, init(k_init), sample, images, 1).initial[0]
+
+    scored = jax.jit(lambda *given: jax.lax.map(score, given))
+    for law in LAWS.values():
+        k_classes, k_score = jax.random.split(jax.random.key(0))
+        drawn = jax.vmap(law, (0, None, None))(jax.random.split(k_classes, 600), 7, WAY)
+        scores = np.asarray(scored(jax.random.split(k_score, 600), drawn))
+        assert abs(scores.mean() - 1 / WAY) < 4 * scores.std() / 600**0.5
 
 
 # --- sampler --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from conftest import refused, start
 
 from experiments import cli, compare, evaluate, loading, scoring, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
+from mgaug_jax.data import pixels
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -71,13 +72,19 @@ def test_run_leaves_everything_behind(finished):
     assert (finished / "curves.png").stat().st_size > 10_000
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
-    assert [record["step"] for record in records if "val_accuracy" in record] == [2, 4]
+    validations = [record for record in records if "val_accuracy" in record]
+    assert [record["step"] for record in validations] == [2, 4]
+    names = "step val_accuracy val_half_width val_step0 train_accuracy train_step0 label_memory"
+    assert all(set(record) == set(names.split()) for record in validations)
 
 
-def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch):
+def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shorter = [*TINY, "--steps=3", f"--out={folder}"]  # between two evaluations
     assert start(monkeypatch, train, *shorter) == 0
+    said = capsys.readouterr().out
+    digests = json.loads((folder / "config.json").read_text())["digests"]
+    assert all(f"{split:<6} hash {digest}" in said for split, digest in digests.items())
     assert start(monkeypatch, train, *TINY, f"--out={folder}", "--resume") == 0
     resumed, whole = final_state(folder), final_state(finished)
     assert resumed.state.step == whole.state.step == 4
@@ -89,10 +96,31 @@ def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch):
 
 def test_evaluate_repeats_the_test(finished, tmp_path, monkeypatch):
     arguments = (f"--run={finished}", f"--output={tmp_path}", "--episodes=60")
-    assert start(monkeypatch, evaluate, *arguments) == 0
+    assert start(monkeypatch, evaluate, *arguments, "--ci_group=5", "--ci_z=1") == 0
     with np.load(finished / "episodes.npz") as first, np.load(tmp_path / "episodes.npz") as again:
         for name in ("adapted", "step0", "untrained", "pixels"):
             np.testing.assert_array_equal(first[name], again[name])
+        groups = first["adapted"].reshape(-1, 5).mean(1)
+    found = json.loads((tmp_path / "evaluation.json").read_text())["adapted"]
+    results = json.loads((finished / "results.json").read_text())["adapted"]
+    assert found["std"] == results["std"]
+    got = [found[name] for name in ("mean", "group_std", "half_width")]
+    want = (results["mean"], groups.std(), groups.std() / 12**0.5)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--ci_z=nan",), "--ci_z=nan must be a number from 0 up"),
+        (("--ci_group=0",), "--ci_group=0 must divide --episodes=600 and the 10 training tasks"),
+        (("--ci_group=4",), "--ci_group=4 must divide"),  # the 10
+        (("--ci_group=7", "--data=cub"), "--ci_group=7 must divide --episodes=600."),
+        (("--ci_group=4", "--data=cub"), "is not a run folder"),
+    ],
+)
+def test_intervals_that_make_no_sense_are_refused(arguments, says, monkeypatch, capsys):
+    assert says in refused(capsys, monkeypatch, evaluate, "--run=nowhere", *arguments)
 
 
 def test_compare_gives_the_paired_difference(finished, tmp_path, monkeypatch, capsys):
@@ -142,6 +170,10 @@ def test_regression_run(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metric"] == "mse"
     assert results["adapted"]["mean"] > 0
+    assert results["train"]["mean"] > 0
+    assert "label_memory" not in results  # an amplitude and a phase name no task
+    records = store.read_records(tmp_path / "run")
+    assert {"val_mse", "train_mse", "train_step0"} <= set(records[-1])
 
 
 # --- bad input ------------------------------------------------------------------------------
@@ -340,11 +372,20 @@ def test_import_is_light():
     assert not loaded & heavy
 
 
-def test_readme_code_runs(monkeypatch, glyph_cache):
+def test_readme_code_runs(finished, tmp_path, monkeypatch, glyph_cache):
     monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(finished)
+    for place in ("support/a", "support/b", "support/c", "query"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "0.png").write_bytes(pixels.encode(np.eye(9, dtype=np.uint8) * 255))
     text = (ROOT / "README.md").read_text()
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     assert len(blocks) >= 2
     namespace: dict = {}
     for block in blocks:
         exec(block.replace("steps=200", "steps=2").replace("600", "10"), namespace)
+        if "predict.restored" in block:
+            assert namespace["classes"] == ["a", "b", "c"]
+            np.testing.assert_allclose(namespace["probabilities"].sum(1), [1], rtol=1e-5)

@@ -45,7 +45,7 @@ def mlp_of_images(outputs=3):
 
 
 def tiny_conv(way=3, image=8):
-    return net_of(ConvNet(way, 4, 1), (image, image, 1), conv_roles)
+    return net_of(ConvNet(way, 4, 1, dtype=None), (image, image, 1), conv_roles)
 
 
 def problem(net, tasks=2, image=8, seed=1):
@@ -445,6 +445,11 @@ def test_interval_is_the_released_formula():
     np.testing.assert_allclose(
         interval(jnp.asarray(scores), 1.0).half_width, std / 37**0.5, rtol=1e-5
     )
+    got = interval(jnp.array([0.0, 1.0, 1.0, 2.0, 2.0, 3.0]), 1.0, group=2)  # means .5, 1.5, 2.5
+    np.testing.assert_allclose(got[:3], (1.5, (2 / 9) ** 0.5, (2 / 3) ** 0.5), rtol=1e-6)
+    assert got.episodes == 6
+    with pytest.raises(ValueError, match="37 episodes make no groups of 2"):
+        interval(jnp.asarray(scores), group=2)
 
 
 # --- resize ---------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """Published protocols, and what tests may do differently from training."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +12,12 @@ from absl import flags
 from absl.testing import flagsaver
 from conftest import refused, start
 
-from experiments import loading, problem, scoring, spec, train, vocabulary
+from experiments import loading, problem, scoring, train
 from experiments.protocols import PROTOCOLS
-from mgaug_jax import episodes, losses
+from mgaug_jax import episodes
 from mgaug_jax.data import DATASETS
 
+ROOT = Path(__file__).parents[1]
 SINES = ("--data=sinusoid", "--net=mlp((8,))", "--steps=2", "--eval_every=2", "--tasks=2")
 
 
@@ -22,28 +27,68 @@ def small_tests(monkeypatch):
         monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
 
 
+def config_of(*arguments: str):
+    """The configuration that a command line of `train` asks for."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["train", *arguments])
+        problem.adopt_protocol()
+        return problem.config(flags.FLAGS.method, 0, flags.FLAGS.eval_every)
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_protocol_names_flags_data_networks_and_methods_that_exist(name):
+def test_every_protocol_builds(name):
     values = PROTOCOLS[name].flags
-    assert values.keys() <= set(flags.FLAGS)
-    for flag, value in values.items():
-        flags.FLAGS[flag].parser.parse(value if isinstance(value, str) else str(value))
-    regression = values["data"] == "sinusoid"
-    assert regression or values["data"] in DATASETS
-    for flag, known in (
-        ("labels", loading.LABELS),
-        ("test_labels", loading.TEST_LABELS),
-    ):
-        assert values.get(flag, "exclusive") in known
-    size = values.get("image_size") or (28 if "omniglot" in values["data"] else 84)
-    fixed = {"inputs": 21} if regression else {"image": (size, size, 3)}
-    net = spec.net(values["net"], **fixed)
-    pixels = None if regression else (jnp.zeros(3), jnp.ones(3))
-    way, loss = (None, losses.squared_error) if regression else (5, losses.cross_entropy)
-    made = vocabulary.Problem(net, way, loss, values["steps"], pixels)
-    for steps in {None, values.get("test_steps")}:
-        assert spec.method(values["method"], made, steps)(jnp.zeros((), jnp.int32)).net
-    assert values["steps"] % values["eval_every"] == 0
+    assert values.keys() <= {"eval_every", "method", "data", *problem.NAMES}
+    config = config_of(f"--protocol={name}")
+    assert {flag: getattr(config, flag) for flag in values} == values
+    assert config.steps % config.eval_every == 0
+    if config.data == "sinusoid":
+        loading.setup(config)
+        return
+    own = DATASETS[config.data]
+    size, channels = config.image_size or own.parameters["size"], len(own.mean)
+    loading.for_images(config, (size, size, channels), jnp.array(own.mean), jnp.array(own.std))
+    assert config.labels in loading.LABELS
+    assert config.test_labels in loading.TEST_LABELS
+    for split in ("train", "val", "test"):
+        enough = len(own.parameters["splits"][split]) >= config.way
+        assert enough or "needs --splits" in PROTOCOLS[name].source
+
+
+def test_every_published_table_has_its_protocols():
+    """methods.md 18: rows and columns that need data, ways or episodes of their own."""
+    names = {
+        *(f"{paper}-{data}-{shot}shot" for paper in ("mr-maml", "metamix")
+          for data in ("omniglot", "mini") for shot in (1, 5)),
+        *(f"taskaug-{data}-{shot}shot" for data in ("mini", "cifar-fs", "fc100")
+          for shot in (1, 5)),
+        *(f"{paper}-{data}-{way}way-{shot}shot" for paper in ("maml", "meta-sgd")
+          for data in ("omniglot", "mini") for way in (5, 20) for shot in (1, 5)),
+        *(f"taml-{data}-5way-{shot}shot" for data in ("omniglot", "mini") for shot in (1, 5)),
+        *(f"meta-augmentation-{data}{column}" for column in ("", "-intrashuffle", "-intershuffle")
+          for data in ("omniglot", "mini", "mini-protonet", "dclaw1", "dclaw2", "dclaw3")),
+    }  # fmt: skip
+    assert names <= set(PROTOCOLS)
+
+
+def test_finn_s_values():
+    """Rates times the ways, since the loss here is the mean; ten steps in mini-ImageNet's tests."""
+    flags = {name: protocol.flags for name, protocol in PROTOCOLS.items()}
+    assert flags["mr-maml-omniglot-1shot"]["method"] == "maml(lr=2,steps=5)"
+    assert flags["metamix-omniglot-1shot"]["method"] == "maml(lr=0.1,steps=5)"
+    assert flags["meta-augmentation-mini-intrashuffle"]["method"] == (
+        "maml(lr=0.05,steps=5)|shuffle_labels()"
+    )
+    assert flags["meta-augmentation-mini-intershuffle"]["labels"] == "exclusive"
+    for name, values in flags.items():
+        if values["data"] == "mini_imagenet" and values["method"].startswith("maml"):
+            assert values["test_steps"] == 10, name
+
+
+def test_list_prints_every_protocol():
+    command = [sys.executable, "-m", "experiments.protocols", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line[0] != " "] == list(PROTOCOLS)
 
 
 def test_published_counts_of_updates():
@@ -55,15 +100,11 @@ def test_published_counts_of_updates():
 
 
 def test_a_protocol_sets_defaults_and_the_command_line_comes_first():
-    name = "meta-augmentation-dclaw2"
-    with flagsaver.flagsaver():
-        flags.FLAGS(["train", f"--protocol={name}", "--shot=3", "--tasks=4"])
-        problem.adopt_protocol()
-        config = problem.config(flags.FLAGS.method, 0, flags.FLAGS.eval_every)
+    config = config_of("--protocol=meta-augmentation-dclaw2", "--shot=3", "--tasks=4")
     assert (config.data, config.way, config.queries) == ("dclaw2", 2, 15)
     assert (config.shot, config.tasks) == (3, 4)
     assert (config.test_queries, config.test_labels) == (1, "shuffled_groups")
-    assert config.method == "maml(lr=0.01,steps=5)"
+    assert config.method == "maml(lr=0.02,steps=5)"
 
 
 def test_an_unknown_protocol_is_refused(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Images on disk give the tasks, and runs the numbers, that images on the device give."""
 
+import dataclasses
 import json
 import threading
 from functools import partial
@@ -62,6 +63,8 @@ def test_turned_classes_are_those_of_episodes(stored):
     classes, numbers = np.indices(images.pixels.shape[:2])
     np.testing.assert_array_equal(streaming.take(turned, classes, numbers), images.pixels)
     equal(images, episodes.with_rotations(streaming.on_device(stored)))
+    plain = [np.rot90(stored.pixels, turns, axes=(2, 3)) for turns in range(4)]
+    np.testing.assert_array_equal(images.pixels, np.concatenate(plain))
     with pytest.raises(ValueError, match="not square"):
         streaming.turned(streaming.Stored(np.zeros((2, 3, 4, 5, 1), "u1"), *stored_numbers()))
 
@@ -250,6 +253,19 @@ def everything(folder):
     state = store.restore(loading.setup(store.read_config(folder)), folder)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     return results, scores, store.read_records(folder), leaves
+
+
+@pytest.mark.parametrize("turned", [(), ("train",), ("val", "test")])
+def test_the_splits_that_are_asked_for_are_turned(turned, small, quick_compile):
+    config = runs.Config(
+        *("protonet()", "conv4(width=2)", "glyphs", None, "exclusive", 3, 1, 2, 1, 2, 1e-3, 2, 0)
+    )
+    plain = loading.setup(config).splits
+    asked = {"rotations": "train" in turned, "test_rotations": "test" in turned}
+    splits = loading.setup(dataclasses.replace(config, **asked)).splits
+    for name in ("train", "val", "test"):
+        times = 4 if name in turned else 1
+        assert len(splits[name].counts) == times * len(plain[name].counts)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ need no data: see `mgaug_jax.data.sinusoid`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +115,7 @@ def load(
     )
 
 
-def on_disk(
+def opened(
     name: str,
     split: str,
     *,
@@ -126,39 +126,23 @@ def on_disk(
     skip_bad_images: int = 0,
     like: str | None = None,
     progress: Progress = _silent,
-) -> Stored:
-    """The images of a split, mapped from the cache, for `mgaug_jax.data.streaming`; see `load`.
+) -> tuple[Stored, Manifest]:
+    """The images of a split, mapped from the cache, which is built if need be, and what they are;
+    see `load`.
 
     With `like` they are decoded and normalised as those of that data set (at `size`), so that what
     was trained on it can be tested on them.
     """
     options = _options(splits, size, skip_bad_images, like)
     entry, dataset = _entry(name, split, data_dir, cache_dir, options, progress)
-    return Stored(
+    about = entry.manifest
+    stored = Stored(
         np.load(entry.pixels, mmap_mode="r"),
-        jnp.array(entry.manifest["counts"], jnp.int32),
+        jnp.array(about["counts"], jnp.int32),
         jnp.array(dataset.mean, jnp.float32),
         jnp.array(dataset.std, jnp.float32),
     )
-
-
-def describe(
-    name: str,
-    split: str,
-    *,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    splits: Splits | None = None,
-    size: int | None = None,
-    skip_bad_images: int = 0,
-    like: str | None = None,
-    progress: Progress = _silent,
-) -> Manifest:
-    """Classes and identity of a split, from the cache, which is built if need be; see `on_disk`."""
-    options = _options(splits, size, skip_bad_images, like)
-    entry, _ = _entry(name, split, data_dir, cache_dir, options, progress)
-    about = entry.manifest
-    return Manifest(
+    return stored, Manifest(
         name,
         split,
         tuple(about["classes"]),
@@ -166,6 +150,16 @@ def describe(
         about["digest"],
         tuple(about["skipped"]),
     )
+
+
+def on_disk(name: str, split: str, **options: Any) -> Stored:
+    """The images of a split, for `mgaug_jax.data.streaming`; options as `opened`."""
+    return opened(name, split, **options)[0]
+
+
+def describe(name: str, split: str, **options: Any) -> Manifest:
+    """Classes and identity of a split; options as `opened`."""
+    return opened(name, split, **options)[1]
 
 
 def _options(
@@ -231,5 +225,6 @@ __all__ = [
     "describe",
     "load",
     "on_disk",
+    "opened",
     "sinusoid",
 ]

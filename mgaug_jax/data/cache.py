@@ -7,17 +7,28 @@ manifest's SHA-256 on every use; whatever is wrong with it, it is built again.
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mgaug_jax.data.record import Dataset, Decoded, Progress
+from mgaug_jax.data.trees import sha256
 
-FORMAT = 2
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FORMAT = 3
 """Version of the entries; raise it when they, or what the readers make of a source, change."""
+BUILDING, ABANDONED = ".building-", 3600
+"""What a folder that is being built begins with, and seconds after which it may be swept away."""
 
 
 class Entry(NamedTuple):
@@ -71,13 +82,13 @@ def cached(
     progress(f"{name}: building the cache of {split} in {folder} ({wrong})")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, for a rename cannot cross file systems.
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
-            scratch, new = Path(temporary, "scratch"), Path(temporary, "new")
+        _sweep(folder)
+        with _building(folder) as temporary:
+            scratch, new = temporary / "scratch", temporary / "new"
             scratch.mkdir()
             decoded = dataset.build(split, data_dir, scratch, progress)
             _write(new, decoded, {"name": name, "split": split, "source": source})
-            _publish(new, place, Path(temporary, "old"))
+            _publish(new, place, temporary / "old")
         entry, wrong = _read(place)
         if entry is None:
             raise OSError(wrong)
@@ -93,20 +104,46 @@ def _key(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextmanager
+def _building(folder: Path) -> Iterator[Path]:
+    """A folder to build in, locked, beside its final place, for a rename cannot cross file systems;
+    it is gone in the end.
+    """
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder) as name:
+        with (Path(name) / "lock").open("w") as lock:
+            with suppress(OSError):  # where nothing can be locked nothing is swept away either
+                _lock(lock)
+            yield Path(name)
+
+
+def _lock(file) -> None:
+    if fcntl is None:
+        raise OSError("there are no locks")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed builders have left: nobody has it locked, and it is old enough not to be
+    a builder's that is about to lock it.
+    """
+    for left in folder.glob(f"{BUILDING}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime < ABANDONED:
+                continue
+            with (left / "lock").open("a") as lock:
+                _lock(lock)
+                shutil.rmtree(left)
 
 
 def _read(place: Path) -> tuple[Entry | None, str]:
     """The entry if it can be used; else why not."""
-    if not place.exists():
-        return None, "not there yet"
     try:
+        if not place.exists():
+            return None, "not there yet"
         manifest = json.loads((place / "manifest.json").read_bytes())
         if manifest["format"] != FORMAT:
             return None, f"the old one has format {manifest['format']}, not {FORMAT}"
-        if _sha256(place / "pixels.npy") != manifest["sha256"]:
+        if sha256(place / "pixels.npy") != manifest["sha256"]:
             return None, "the old one is damaged: pixels.npy does not match its SHA-256"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"the old one is damaged: {error!r}"
@@ -128,7 +165,7 @@ def _write(place: Path, decoded: Decoded, about: dict[str, Any]) -> None:
         "skipped": list(decoded.skipped),
         "shape": pixels.shape,
         "digest": digest.hexdigest(),
-        "sha256": _sha256(place / "pixels.npy"),
+        "sha256": sha256(place / "pixels.npy"),
     }
     (place / "manifest.json").write_text(json.dumps(manifest, indent=1))
 

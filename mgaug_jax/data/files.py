@@ -1,6 +1,5 @@
 """Data sets that are read from files: what they have in common, and the folder of one's own."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,10 @@ from mgaug_jax.data.ingest import Example, Unreadable, ingest
 from mgaug_jax.data.record import SPLITS, Dataset, Decoded, Options, Progress
 from mgaug_jax.data.trees import Tree
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+NO_IMAGES = (".txt", ".csv", ".json", ".xml", ".md", ".pdf", ".db", ".ini")
+"""Suffixes of what may lie beside images; any other file in a class folder must be one."""
+IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic")
+"""Suffixes of what must not lie outside of class folders. Only PNG and JPEG can be read."""
 
 
 class Found(NamedTuple):
@@ -90,9 +92,8 @@ def from_files(files: Files) -> Dataset:
     def adapt(options: Options) -> Dataset:
         other = files._replace(size=options.size or files.size, skip=options.skip_bad_images)
         if options.splits is not None:  # which may take classes from anywhere
-            roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
-            roots = dict.fromkeys(SPLITS, roots)
-            other = other._replace(splits=options.splits, official=False, roots=roots)
+            anywhere = dict.fromkeys(SPLITS, roots)
+            other = other._replace(splits=options.splits, official=False, roots=anywhere)
         if (like := options.like) is not None:
             assert like.decode is not None  # of every data set that is read from files, or drawn
             decode = like.decode
@@ -105,6 +106,7 @@ def from_files(files: Files) -> Dataset:
             )
         return from_files(other)
 
+    roots = tuple(dict.fromkeys(root for part in files.roots.values() for root in part))
     said = ("splits", "count", "size", "official", "skip")
     parameters = {**files.parameters, **{name: getattr(files, name) for name in said}}
     return Dataset(
@@ -117,6 +119,7 @@ def from_files(files: Files) -> Dataset:
         adapt,
         decode=lambda data: files.decode(data, files.size),
         source=files.source,
+        roots=roots,
     )
 
 
@@ -148,9 +151,7 @@ def _refusals(
         why = str(error)
         for place in places.values():
             if place.is_file():
-                with place.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                why += f" ({place.name} has the SHA-256 {digest})"
+                why += f" ({place.name} has the SHA-256 {trees.sha256(place)})"
         raise ValueError(
             f"{files.name} was asked for from {data_dir}, but {why}; give a data_dir that looks "
             f"like this:\n{files.tree}"
@@ -202,7 +203,7 @@ def _chosen(
 
 def class_folders(tree: Tree, prefix: str = "", depth: int = 1) -> dict[str, list[str]]:
     """Images by class: a class is a folder so many levels below a prefix, its name the path below
-    the prefix.
+    the prefix. What a class folder holds is taken for an image, unless its name says otherwise.
 
     Raises:
       ValueError: An image lies in no class, or deeper than its class.
@@ -216,7 +217,7 @@ def class_folders(tree: Tree, prefix: str = "", depth: int = 1) -> dict[str, lis
         if path in tree.folders:
             if len(parts) == depth:
                 found[path.removeprefix(start)] = []
-        elif path.lower().endswith(SUFFIXES):
+        elif may_be_image(path) if len(parts) > depth else path.lower().endswith(IMAGES):
             if len(parts) != depth + 1:
                 raise ValueError(
                     f"{path} does not belong there: images lie in class folders {depth} "
@@ -225,6 +226,11 @@ def class_folders(tree: Tree, prefix: str = "", depth: int = 1) -> dict[str, lis
                 )
             found["/".join(parts[:-1])].append(path)
     return found
+
+
+def may_be_image(path: str) -> bool:
+    """Whether the name of a file in a folder of images does not say that it is none."""
+    return not path.lower().endswith(NO_IMAGES)
 
 
 def disjoint(splits: Mapping[str, Sequence[str]]) -> None:

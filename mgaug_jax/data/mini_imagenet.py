@@ -6,9 +6,17 @@ forms give larger images too.
 """
 
 import re
+from typing import Any
 
 from mgaug_jax.data import pickles, pixels
-from mgaug_jax.data.files import SUFFIXES, Files, Found, class_folders, from_files, shipped
+from mgaug_jax.data.files import (
+    Files,
+    Found,
+    class_folders,
+    from_files,
+    may_be_image,
+    shipped,
+)
 from mgaug_jax.data.record import SPLITS, Dataset
 from mgaug_jax.data.trees import Tree
 
@@ -25,6 +33,10 @@ data_dir/
 or
 data_dir/
   mini-imagenet-cache-train.pkl          likewise val and test
+or
+data_dir/
+  miniImageNet_category_split_train_phase_train.pickle
+  miniImageNet_category_split_val.pickle    likewise test
 or ImageNet's training images,
 data_dir/
   n01532829/
@@ -32,19 +44,28 @@ data_dir/
   ...                  100 classes or more"""
 SYNSET = re.compile(r"n\d{8}")
 PICKLE = "mini-imagenet-cache-{}.pkl"
+BY_LABEL = {
+    split: f"miniImageNet_category_split_{part}.pickle"
+    for split, part in (("train", "train_phase_train"), ("val", "val"), ("test", "test"))
+}
 
 
 def _find(files: Files, tree: Tree, split: str) -> Found:
     """Takes the first form there is."""
     if PICKLE.format(split) in tree.marks:
         return _from_pickle(files, tree, PICKLE.format(split))
+    if BY_LABEL[split] in tree.marks:
+        return _from_pickle(files, tree, BY_LABEL[split], split)
     if "images" in tree.folders:
         return Found(_from_names(files, tree), tree.read)
     if split in tree.folders:
         return Found(class_folders(tree, split), tree.read)
     if any(SYNSET.fullmatch(path) for path in tree.folders):
         return Found(_from_imagenet(files, tree), tree.read)
-    raise ValueError(f"there is neither images/, {split}/, {PICKLE.format(split)} nor n01532829/")
+    raise ValueError(
+        f"there is neither images/, {split}/, {PICKLE.format(split)}, {BY_LABEL[split]} "
+        "nor n01532829/"
+    )
 
 
 def _members() -> dict[str, list[int]]:
@@ -59,7 +80,7 @@ def _members() -> dict[str, list[int]]:
 def _from_names(files: Files, tree: Tree) -> dict[str, list[str]]:
     images: dict[str, list[str]] = {}
     for path in tree.marks:
-        if path.startswith("images/") and path.lower().endswith(SUFFIXES):
+        if path.startswith("images/") and may_be_image(path):
             name = path.removeprefix("images/")[:9]
             if not SYNSET.fullmatch(name) or path.count("/") > 1:
                 raise ValueError(f"{path} does not belong there: its name begins with no class")
@@ -103,10 +124,26 @@ def _number(path: str) -> tuple[int, str]:
     return int(digits[1]) if digits else 0, path
 
 
-def _from_pickle(files: Files, tree: Tree, path: str) -> Found:
+def _by_label(content: dict[str, Any], split: str) -> dict[str, list[int]]:
+    """Class -> rows, of a pickle that has a number for every image. `catname2label` names them;
+    without it they are taken to follow the classes' names.
+    """
+    labels = [int(label) for label in content["labels"]]
+    names = content.get("catname2label")
+    if names is None:
+        names = dict(zip(sorted(LISTS[split]), sorted(set(labels)), strict=True))
+    rows: dict[int, list[int]] = {label: [] for label in names.values()}
+    for row, label in enumerate(labels):
+        rows[label].append(row)
+    return {name: rows[label] for name, label in names.items()}
+
+
+def _from_pickle(files: Files, tree: Tree, path: str, split: str | None = None) -> Found:
+    """The images of a pickle; with `split` those of one that has labels."""
     content = pickles.load(path, tree.read(path))
     try:
-        data, classes = content["image_data"], content["class_dict"]
+        data = content["image_data" if split is None else "data"]
+        classes = content["class_dict"] if split is None else _by_label(content, split)
         images = {name: [f"{name}/{i:05}" for i in rows] for name, rows in classes.items()}
         rows = {f"{name}/{i:05}": i for name, each in classes.items() for i in each}
         if data.dtype != "uint8" or data.ndim != 4 or data.shape[-1] != 3:

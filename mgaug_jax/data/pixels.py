@@ -13,8 +13,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def decode(data: bytes, size: int, mode: str = "RGB", upright: bool = False) -> np.ndarray:
     """Pixels of a PNG or JPEG, the whole image resized to a square by a Lanczos filter.
 
-    1-bit and grey images become colours without hue and the reverse, 16-bit ones are scaled to 8
-    bits, CMYK is converted without a profile, what is transparent lies on white.
+    1-bit and grey images become colours without hue and the reverse, grey of 16 bits is scaled to
+    8, CMYK is converted without a profile, what is transparent lies on white.
 
     Args:
       data: Content of the file.
@@ -26,7 +26,7 @@ def decode(data: bytes, size: int, mode: str = "RGB", upright: bool = False) -> 
       uint8 `[size, size, 3 or 1]`.
 
     Raises:
-      ValueError: Neither PNG nor JPEG.
+      ValueError: Neither PNG nor JPEG, or a PNG with 16 bits of each of several channels.
       OSError, SyntaxError: Damaged.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -37,6 +37,9 @@ def decode(data: bytes, size: int, mode: str = "RGB", upright: bool = False) -> 
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError("its content is neither PNG nor JPEG") from error
+    # Pillow would cut them off. A PNG begins with its header: bits, and what kinds of channel.
+    if image.format == "PNG" and data[24] == 16 and data[25] in (2, 4, 6):
+        raise ValueError("it has 16 bits per channel; save it with 8")
     with image:
         if upright:
             image = ImageOps.exif_transpose(image)

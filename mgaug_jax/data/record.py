@@ -56,6 +56,7 @@ class Dataset(NamedTuple):
       decode: Pixels `uint8 [h, w, c]` of the content of an image file that looks like those of the
         data set; None if there is no telling.
       source: Whose it is and where it can be had.
+      roots: Folders below `data_dir` that it is read from, or archives of them; "" is all of it.
     """
 
     parameters: dict[str, Any]
@@ -67,3 +68,4 @@ class Dataset(NamedTuple):
     adapt: Callable[[Options], "Dataset"] | None = None
     decode: Callable[[bytes], np.ndarray] | None = None
     source: str = ""
+    roots: tuple[str, ...] = ()

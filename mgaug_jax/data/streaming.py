@@ -166,7 +166,9 @@ def gatherer(
             where = np.rint(examples.x[..., 0, 0, :]).astype(np.int64)
             x = lambda part: take(stored, *np.moveaxis(where[part], -1, 0))
             shape = (*where.shape[:-1], *stored.pixels.shape[2:])
-            return Examples(put(shape, x), put(examples.y.shape, lambda part: examples.y[part]))
+            return Examples(
+                put(shape, x), put(examples.y.shape, lambda part: np.asarray(examples.y)[part])
+            )
 
         whole = (keys, stored.mean, stored.std)
         whole = jax.device_put(whole) if mesh is None else sharding.replicate(whole, mesh)

@@ -33,6 +33,12 @@ class Tree(NamedTuple):
     read: Callable[[str], bytes]
 
 
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def locate(data_dir: Path, root: str) -> Path | None:
     """The folder that is a root, or the archive that holds it; None if there is none.
 
