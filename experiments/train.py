@@ -181,7 +181,7 @@ def train(
     state = runs.put(made, jax.tree.map(jnp.array, saved.state))  # a copy: it is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
-    failures, on_disk = 0, done
+    failures, on_disk = 0, done or None  # of step 0 nothing is
     stopping, size = processes.agree(stop.requested, 1)
     feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK, made.mesh)
     with store.Records(folder if processes.first() else None, done) as records, feed as at:
@@ -207,7 +207,8 @@ def train(
             saved = saved._replace(skipped=saved.skipped + min(len(bad), left))
             if len(bad) > left:
                 progress.close()
-                save(made, folder, saved._replace(state=state), 0, last=True)
+                if on_disk != int(state.step):
+                    save(made, folder, saved._replace(state=state), 0, last=True)
                 raise _not_finite(bad[-1], int(saved.skipped), int(state.step))
             done += len(steps)
             losses = [step["loss"] for step in steps if not not_finite(step["finite"])]
@@ -224,7 +225,7 @@ def train(
                 on_disk = done if not failures else on_disk
             stopping, size = processes.agree(stop.requested, size)
         progress.close()
-        if stopping and on_disk != done:
+        if stopping and done not in (0, on_disk):
             save(made, folder, saved._replace(state=state), 0, last=True)
     if stopping:
         raise cli.Interrupted(
