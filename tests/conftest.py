@@ -72,6 +72,14 @@ def small_conv(way=3, width=4):
     return nets.conv4(way, width=width, image=(16, 16, 1))
 
 
+def few_episodes(monkeypatch, test=20, validation=10, memory=10) -> None:
+    """Entry points test on so many."""
+    from experiments import scoring
+
+    for name, value in (("TEST", test), ("VALIDATION", validation), ("MEMORY", memory)):
+        monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
+
+
 def start(monkeypatch, module, *arguments: str) -> int:
     """The exit code of an entry point, run in this process."""
     # It defines flags when it is first imported, which the saver would take away again.

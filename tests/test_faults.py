@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_tasks, refused, start
+from conftest import few_episodes, make_tasks, refused, start
 
 from experiments import cli, evaluate, loading, plots, runs, scoring, store, train
 from mgaug_jax import checkpoint, loops, maml, meta, nets, tasks_at_once, trainer
@@ -349,8 +349,7 @@ def test_a_gradient_and_a_parameter_that_are_not_finite_are_told_apart():
 
 @pytest.fixture(autouse=True)
 def small_tests(monkeypatch):
-    for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-        monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
+    few_episodes(monkeypatch)
 
 
 def state_of(folder: Path):
@@ -364,8 +363,7 @@ def whole(tmp_path_factory):
     """A run of twelve steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-            patch.setattr(scoring, f"{name}_EPISODES", value)
+        few_episodes(patch)
         code = start(patch, train, *SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
     assert code == 0
     return folder
@@ -543,6 +541,17 @@ def test_an_edited_configuration_is_refused_in_a_sentence(
     text = change if isinstance(change, str) else json.dumps(record)
     (tmp_path / "config.json").write_text(text)
     assert says in refused(capsys, monkeypatch, evaluate, f"--run={tmp_path}")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "sealed").mkdir(mode=0o500)
+    places = [tmp_path / "file" / "run"]
+    if os.geteuid():  # root may write everywhere
+        places.append(tmp_path / "sealed" / "run")
+    for place in places:
+        text = refused(capsys, monkeypatch, train, *SINES, "--steps=1", f"--out={place}")
+        assert f"cannot write to {place}" in text
 
 
 def test_a_folder_in_use_is_refused_and_a_freed_one_taken(whole, monkeypatch, capsys):
@@ -744,8 +753,9 @@ def test_other_devices_go_on_and_say_so(whole, tmp_path):
     shutil.copytree(whole, folder)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     longer, alone = ("--steps=16", "--eval_every=4"), tmp_path / "alone"
-    out, _ = finish(launch(folder, *longer, env=os.environ | {"XLA_FLAGS": flags}))
-    assert "not bit-exact to what came before: devices 1 -> 4" in out
+    four = launch(folder, *longer, "--mesh=2", env=os.environ | {"XLA_FLAGS": flags})
+    out, _ = finish(four)
+    assert "not bit-exact to what came before: devices 1 -> 2\n" in out
     shutil.copytree(whole, alone)
     finish(launch(alone, *longer))
     one, other = state_of(folder).state, state_of(alone).state
@@ -768,39 +778,53 @@ def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_no_checkpoint(small_di
     assert state_of(folder).state.step == kept[-1] > 0
 
 
-def kill_trials(tmp_path, trials: int, seed: int) -> int:
-    """Kills a run at random moments until `trials` are used up, lets it end and compares it with
-    one that was left alone. Returns how many kills came before the end.
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+
+
+def signal_twice(process: subprocess.Popen) -> None:
+    process.terminate()
+    next(line for line in process.stderr if "once more ends at once" in line)
+    process.terminate()
+
+
+def end_by_force(tmp_path, seed: int, *trials) -> None:
+    """Ends a run by force again and again, lets it end and compares it with one left alone.
+
+    Every trial is `(checkpoints to wait for, line to wait for, most seconds after both, how)`.
     """
-    rng, killed = random.Random(seed), 0
-    arguments = ("--steps=400", "--eval_every=5")
+    rng, last = random.Random(seed), 400
+    arguments = (f"--steps={last}", "--eval_every=5")
     alone, folder = tmp_path / "alone", tmp_path / "killed"
     finish(launch(alone, *arguments))
-    for _ in range(trials):
-        before = max(checkpoint.steps(folder / "checkpoints"), default=0)
+
+    def step() -> int:
+        return max(checkpoint.steps(folder / "checkpoints"), default=0)
+
+    for wait, line, seconds, how in trials:
+        until = min(step() + 5 * wait, last)
         process = launch(folder, *arguments)
-        moved = lambda before=before: (
-            max(checkpoint.steps(folder / "checkpoints"), default=0) > before
-        )
-        wait_for(lambda moved=moved, p=process: moved() or p.poll() is not None, process)
-        time.sleep(rng.random() * 0.3)
-        process.kill()
+        wait_for(lambda until=until: step() >= until, process)
+        if line:
+            next(text for text in process.stdout if text.startswith(line))
+        time.sleep(rng.random() * seconds)
+        how(process)
         process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-        assert max(checkpoint.steps(folder / "checkpoints"), default=0) > before  # nothing is lost
+        assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+        assert step() >= until  # nothing is lost
     finish(launch(folder, *arguments))
     assert all(path.name.isdigit() for path in (folder / "checkpoints").iterdir())
     assert_same_run(folder, alone)
-    return killed
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
-    assert kill_trials(tmp_path, trials=2, seed=0) == 2
+def test_a_run_ended_by_force_goes_on_as_if_it_had_not_been(tmp_path):
+    end_by_force(tmp_path, 0, (1, "", 0.3, kill), (0, "compiling", 0, signal_twice))
 
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
-    assert kill_trials(tmp_path, trials=20, seed=1) == 20
+    start, saving, report = (0, "", 6, kill), (2, "", 0.3, kill), (80, "testing", 1, kill)
+    end_by_force(tmp_path, 1, *[start] * 4, *[saving, saving, start] * 4, *[report] * 4)
 
 
 def usage(pid: int) -> tuple[int, int]:
