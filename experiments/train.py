@@ -4,16 +4,18 @@
     python -m experiments.train --method='protonet()' --data=omniglot --data_dir=DIR
     python -m experiments.train --method='fomaml(lr=0.1,steps=5)|cp(keep=0.98,sizes=(28,20))'
 
-A method is an algorithm - fomaml, maml, anil, meta_sgd (lr, steps, forward) or protonet - and,
-after bars, its modifiers: wp, pp, cp (keep, subnets, high, cap, sizes, reduce, start, stop; cp also
-scores, ranking, select; pp also pruner), noise (std, site, distribution, relative_to, schedule),
-drop_grad (rate, site, factors, ramp), l2 (weight), first_order. The defaults run MGAug-CP on
-glyphs, 5-way 1-shot.
+A method is an algorithm (fomaml, maml, anil, meta_sgd, lslr or protonet) and, after bars, its
+modifiers (wp, pp, cp, noise, drop_grad, ...): README's table has them all with their arguments,
+`experiments.catalogue --list` those of the published tables. The defaults run MGAug-CP on glyphs,
+5-way 1-shot.
+
+--mesh=all spreads the tasks over the devices of this machine, --distributed over several hosts;
+--skip_nonfinite=N leaves out up to N updates that are not finite.
 
 A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
 validation), results.json, episodes.npz (the score of every test episode) and curves.png. SIGTERM or
-Ctrl-C saves and ends the run after the step (twice: at once); --resume goes on as if nothing had
-been. It exits 0 when done, 2 on bad input, 3 on what is not finite, 75 when interrupted, 1 on what
+Ctrl-C saves and ends the run after a chunk of steps of about two seconds, or the one step that
+takes longer (twice: at once); --resume goes on as if nothing had been. It exits 0 when done, 2 on bad input, 3 on what is not finite, 75 when interrupted, 1 on what
 the machine refuses (a full disk).
 """
 
