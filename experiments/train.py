@@ -14,9 +14,10 @@ modifiers (wp, pp, cp, noise, drop_grad, ...): README's table has them all with 
 
 A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
 validation), results.json, episodes.npz (the score of every test episode) and curves.png. SIGTERM or
-Ctrl-C saves and ends the run after a chunk of steps of about two seconds, or the one step that
-takes longer (twice: at once); --resume goes on as if nothing had been. It exits 0 when done, 2 on bad input, 3 on what is not finite, 75 when interrupted, 1 on what
-the machine refuses (a full disk).
+Ctrl-C saves and ends the run after a chunk of steps of at most two seconds, or after one step that
+takes longer (twice: at once); --resume goes on as if nothing had been. It exits 0 when done, 2 on
+bad input, 3 on what is not finite, 75 when interrupted, 1 on what the machine refuses (a full
+disk).
 """
 
 import dataclasses
