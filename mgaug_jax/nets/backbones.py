@@ -23,7 +23,7 @@ class ConvNet(nn.Module):
     way: int | None
     width: int
     depth: int
-    dtype: Any
+    dtype: Any = None
     first: int | None = None
 
     @nn.compact
