@@ -68,7 +68,9 @@ class Interruption:
         name = signal.Signals(number).name
         # not through print, which may be what the signal interrupts, and whose terminal may be gone
         with suppress(OSError):
-            os.write(2, f"{name}: ending after this step; once more ends at once\n".encode())
+            os.write(
+                2, f"{name}: ending after the steps in hand; once more ends at once\n".encode()
+            )
 
 
 def start(main: Callable[[Sequence[str]], int | None], usage: str, positional: str = "") -> None:

@@ -6,16 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from experiments import store
+
 POINTS = 200
+
+
+def pyplot() -> Any:
+    """matplotlib's, for files; loaded when it is needed, for it takes its time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
     """Loss and score over meta-steps, with the test result and what it must beat, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     metric = results["metric"]
     train = [record for record in records if "loss" in record]
     validation = [record for record in records if record.get(f"val_{metric}") is not None]
@@ -78,11 +86,7 @@ def curves(records: list[dict[str, Any]], results: dict[str, Any], path: Path) -
 
 def rows(table: dict[str, dict[str, Any]], metric: str, path: Path) -> None:
     """Test score of every row of a grid, seed by seed and their mean, and the loss curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     height = 1.6 + 0.3 * len(table)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
     colors = plt.colormaps["turbo"](np.linspace(0.05, 0.95, len(table)))
@@ -106,11 +110,7 @@ def mechanism(
     rows: dict[str, dict[str, Any]], line: np.ndarray, similarity: dict[str, list], path: Path
 ) -> None:
     """Loss along the lines, diversity and confidence against sigma, similarity against gain."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
     for color, (std, found) in zip(colors, rows.items(), strict=True):
@@ -135,11 +135,7 @@ def mechanism(
 
 def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Terms of a bound, stacked, over each number that is varied, and what stands beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     titles = {"rho": "pruning rate rho", "tasks": "tasks T", "samples": "samples per task m"}
     terms = {"empirical": "#0072b2", "environment": "#56b4e9", "task": "#e69f00"}
     beside = {
@@ -169,11 +165,7 @@ def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> None:
     """Time (left) and memory (right) of a meta-step over each size of its problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(labels), figsize=(15, 3.2), layout="constrained")
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         of = [row for row in rows if row["axis"] == name]
@@ -193,11 +185,7 @@ def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> N
 
 def contact(splits: dict[str, list[tuple[str, np.ndarray]]], path: Path) -> None:
     """Rows of images `uint8 [n, h, w, c]` with the names of their classes, split by split."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     ratios = [len(rows) for rows in splits.values()]
     figure, axes = plt.subplots(
         len(splits),
@@ -220,12 +208,8 @@ def contact(splits: dict[str, list[tuple[str, np.ndarray]]], path: Path) -> None
         axis.set_title(split, fontsize=9, loc="left")
     with warnings.catch_warnings():  # a script that the face lacks is shown as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        temporary = path.with_name(path.name + ".tmp")
-        try:
+        with store.replaced(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     plt.close(figure)
 
 
@@ -233,11 +217,7 @@ def sweep(rows: list[dict[str, Any]], axes: list[Any], metric: str, path: Path) 
     """Validation score over each number that is varied: a dot per member, a line through the best
     mean over seeds at each of its values.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     better = np.max if metric == "accuracy" else np.min
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999"]

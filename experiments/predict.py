@@ -159,14 +159,15 @@ def read(dataset: data.Dataset, path: Path) -> np.ndarray:
 
 def write(out: Path, classes: list[str], queries: list[Path], found: np.ndarray) -> None:
     """The table as a CSV file, and its beginning on the screen."""
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            store.replaced(out) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             table = csv.writer(file)
             table.writerow(["file", "prediction", *classes])
             for path, row in zip(queries, found, strict=True):
                 table.writerow([path, classes[row.argmax()], *(f"{p:.6f}" for p in row)])
-        temporary.replace(out)
     except OSError as error:
         raise cli.BadInput(f"cannot write {out}: {error.strerror}.") from error
     for path, row in list(zip(queries, found, strict=True))[:SHOWN]:

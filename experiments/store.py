@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
+import optax
 
 import mgaug_jax
 from experiments import runs, spec
@@ -53,16 +55,47 @@ def read_config(folder: Path) -> runs.Config:
     Raises:
       BadInput: `folder` is not a run.
     """
+    return _stored(folder)[0]
+
+
+def _stored(folder: Path) -> tuple[runs.Config, dict[str, str]]:
     try:
-        return _config(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _checked(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             f"{folder} is not a run folder ({error}); give one that experiments.train wrote."
         ) from error
 
 
-def _config(record: dict[str, Any]) -> runs.Config:
-    return runs.Config(**record["config"])
+def _checked(record: Any) -> tuple[runs.Config, dict[str, str]]:
+    """The configuration and the hashes of the data in an identity.
+
+    Raises:
+      ValueError: It is none, or a setting is missing, unknown or of another type.
+    """
+    try:
+        values, digests = dict(record["config"]), dict(record["digests"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError("it says nothing of a configuration and its data") from error
+    fields = {field.name: field for field in dataclasses.fields(runs.Config)}
+    wrong = [f"{name} is no setting" for name in values.keys() - fields]
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is dataclasses.MISSING:
+                wrong.append(f"{name} is missing")
+        elif not _is_a(values[name], field.type):
+            kind = getattr(field.type, "__name__", field.type)
+            wrong.append(f"{name}={values[name]!r} is no {kind}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return runs.Config(**values), digests
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether JSON's value is of a type of Python's, where bool is an int."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 @contextmanager
@@ -93,11 +126,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def identity(made: runs.Setup) -> dict[str, Any]:
-    """What a run is: the configuration, what the data were, and the versions."""
+    """What a run is: the configuration, what the data were, the versions, and what else decides the
+    last digit of a number.
+    """
+    spread = {
+        "devices": made.mesh.size if made.mesh else 1,
+        "tasks_at_once": made.tested.at_once,
+    }
     return {
         "config": dataclasses.asdict(made.config),
         "digests": made.digests,
-        "versions": versions(),
+        "versions": versions() | spread,
     }
 
 
@@ -136,11 +175,14 @@ def check_digests(folder: Path, made: runs.Setup) -> None:
     Raises:
       BadInput: A split has other classes or pixels.
     """
-    before = json.loads((folder / "config.json").read_text()).get("digests", {})
+    _same_data(_stored(folder)[1], made, folder)
+
+
+def _same_data(before: dict[str, str], made: runs.Setup, where: Path) -> None:
     other = [name for name, digest in made.digests.items() if before.get(name) != digest]
     if other:
         raise BadInput(
-            f"the {' and '.join(other)} data are not those that {folder} was trained on; restore "
+            f"the {' and '.join(other)} data are not those that {where} was trained on; restore "
             "them, or start a new run."
         )
 
@@ -154,30 +196,39 @@ def _finite(record: Any) -> Any:
     return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place unless that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows of the same columns, a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
+    with replaced(path) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:
     return {
         "mgaug_jax": mgaug_jax.__version__,
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "optax": optax.__version__,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
-        "devices": str(jax.device_count()),
     }
 
 
@@ -185,9 +236,8 @@ def save_episodes(folder: Path, scores: dict[str, np.ndarray], identity: dict[st
     """Per-episode scores; episode e was drawn with the key `fold_in(episode_key(seed), e)`."""
     numbers = np.arange(identity["episodes"])
     stored = np.array(json.dumps(identity))
-    temporary = folder / "episodes.tmp.npz"
-    np.savez(temporary, identity=stored, episode=numbers, **scores)
-    temporary.replace(folder / "episodes.npz")
+    with replaced(folder / "episodes.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, identity=stored, episode=numbers, **scores)
 
 
 def save(made: runs.Setup, folder: Path, saved: runs.Saved) -> None:
@@ -213,14 +263,18 @@ def restore(made: runs.Setup, folder: Path, resume: bool = False) -> runs.Saved:
     except checkpoint.CheckpointError as error:
         raise BadInput(f"{folder} has no checkpoint that can be read: {error}") from error
     try:
-        before, then = _config(found.identity), found.identity["versions"]
-    except (KeyError, TypeError) as error:
+        (before, digests), then = _checked(found.identity), dict(found.identity["versions"])
+    except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}/checkpoints are of another version's runs ({error}).") from error
     if resume:
         same_run(before, made.config, folder / "checkpoints")
-        now = versions()
-        other = [f"{name} {then.get(name)} -> {now[name]}" for name in now]
-        other = [text for name, text in zip(now, other, strict=True) if now[name] != then.get(name)]
+        _same_data(digests, made, folder / "checkpoints")
+        now = identity(made)["versions"]
+        other = [
+            f"{name} {then.get(name)} -> {value}"
+            for name, value in now.items()
+            if value != then.get(name)
+        ]
         if other:
             print(f"note: not bit-exact to what came before: {', '.join(other)}")
     return found.tree
@@ -304,6 +358,5 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
-    temporary = folder / "metrics.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(folder / "metrics.jsonl")
+    with replaced(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))

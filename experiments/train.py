@@ -4,17 +4,20 @@
     python -m experiments.train --method='protonet()' --data=omniglot --data_dir=DIR
     python -m experiments.train --method='fomaml(lr=0.1,steps=5)|cp(keep=0.98,sizes=(28,20))'
 
-A method is an algorithm - fomaml, maml, anil, meta_sgd (lr, steps, forward) or protonet - and,
-after bars, its modifiers: wp, pp, cp (keep, subnets, high, cap, sizes, reduce, start, stop; cp also
-scores, ranking, select; pp also pruner), noise (std, site, distribution, relative_to, schedule),
-drop_grad (rate, site, factors, ramp), l2 (weight), first_order. The defaults run MGAug-CP on
-glyphs, 5-way 1-shot.
+A method is an algorithm (fomaml, maml, anil, meta_sgd, lslr or protonet) and, after bars, its
+modifiers (wp, pp, cp, noise, drop_grad, ...): README's table has them all with their arguments,
+`experiments.catalogue --list` those of the published tables. The defaults run MGAug-CP on glyphs,
+5-way 1-shot.
+
+--mesh=all spreads the tasks over the devices of this machine, --distributed over several hosts;
+--skip_nonfinite=N leaves out up to N updates that are not finite.
 
 A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
 validation), results.json, episodes.npz (the score of every test episode) and curves.png. SIGTERM or
-Ctrl-C saves and ends the run after the step (twice: at once); --resume goes on as if nothing had
-been. It exits 0 when done, 2 on bad input, 3 on what is not finite, 75 when interrupted, 1 on what
-the machine refuses (a full disk).
+Ctrl-C saves and ends the run after a chunk of steps of at most two seconds, or after one step that
+takes longer (twice: at once); --resume goes on as if nothing had been. It exits 0 when done, 2 on
+bad input, 3 on what is not finite, 75 when interrupted, 1 on what the machine refuses (a full
+disk).
 """
 
 import dataclasses
@@ -183,7 +186,7 @@ def train(
     state = runs.put(made, jax.tree.map(jnp.array, saved.state))  # a copy: it is given away
     progress = Progress("train", config.steps, done, "steps")
     print(f"compiling; then {config.steps - done} steps", flush=True)
-    failures, on_disk = 0, done
+    failures, on_disk = 0, done or None  # of step 0 nothing is
     stopping, size = processes.agree(stop.requested, 1)
     feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK, made.mesh)
     with store.Records(folder if processes.first() else None, done) as records, feed as at:
@@ -209,7 +212,8 @@ def train(
             saved = saved._replace(skipped=saved.skipped + min(len(bad), left))
             if len(bad) > left:
                 progress.close()
-                save(made, folder, saved._replace(state=state), 0, last=True)
+                if on_disk != int(state.step):
+                    save(made, folder, saved._replace(state=state), 0, last=True)
                 raise _not_finite(bad[-1], int(saved.skipped), int(state.step))
             done += len(steps)
             losses = [step["loss"] for step in steps if not not_finite(step["finite"])]
@@ -226,7 +230,7 @@ def train(
                 on_disk = done if not failures else on_disk
             stopping, size = processes.agree(stop.requested, size)
         progress.close()
-        if stopping and on_disk != done:
+        if stopping and done not in (0, on_disk):
             save(made, folder, saved._replace(state=state), 0, last=True)
     if stopping:
         raise cli.Interrupted(

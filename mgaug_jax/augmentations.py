@@ -9,13 +9,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_positive, check_probability
+from mgaug_jax.checks import check_function, check_positive, check_probability
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import Array, Method, Modifier, Task
 
 
 def augment(change: Callable[[Array, Task], Task]) -> Modifier:
-    """Training tasks become `change(key, task)`, after whatever changes them already."""
+    """Training tasks become `change(key, task)`, after whatever changes them already.
+
+    Raises:
+      ValueError: `change` is no function.
+    """
+    check_function("change", change, "lambda key, task: task")
 
     def modify(method: Method) -> Method:
         before = method.augment

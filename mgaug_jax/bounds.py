@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mgaug_jax.checks import check_count, check_rate, known
@@ -96,9 +97,11 @@ def _check_delta(delta: Number) -> None:
 
 
 def _check_several(name: str, value: Number) -> None:
-    number = known(jnp.min(jnp.asarray(value)))
-    if number is not None and not number >= 2:
-        raise ValueError(f"{name}={value!r} was given, but the bound divides by one less; take 2.")
+    number = known(jnp.min(value) if isinstance(value, jax.Array | np.ndarray) else value)
+    if number is not None and not 2 <= number <= 1e9:  # more would leave int32
+        raise ValueError(
+            f"{name}={value!r} was given, but the bound divides by one less; take from 2 to 1e9."
+        )
 
 
 def slack(kl: Number, samples: Number, delta: Number) -> Array:
@@ -119,6 +122,7 @@ def mcallester(empirical: Number, kl: Number, samples: Number, delta: Number = 0
 
 def environment_term(hyper_kl: Number, tasks: Number, delta: Number = 0.1) -> Array:
     """Eq. 8: `sqrt((D(Q || P) + log(2 T / delta)) / (2 (T - 1)))`: `slack` at delta/2."""
+    _check_delta(delta)
     return slack(hyper_kl, tasks, delta / 2)
 
 
@@ -136,6 +140,8 @@ def task_term(
       tasks: T.
       delta: 1 - confidence.
     """
+    _check_delta(delta)
+    _check_several("tasks", tasks)
     return jnp.mean(slack(hyper_kl + kl, samples, delta / (2 * tasks)))
 
 

@@ -1,8 +1,9 @@
 """Checkpoints: Orbax writes and reads the bytes, a digest of ours says whether they are the same.
 
-Orbax makes a checkpoint appear whole or not at all, but does not notice a byte that has changed.
-Beside the arrays lies what they are: shapes, types, the digest, the format and whatever identity
-the caller gives. Nothing that is read is executed: arrays and JSON alone.
+`<step>/state` is Orbax's. Beside it `about.json` says what it is: shapes and types, the digests of
+the arrays and of every file, the format and whatever identity the caller gives. It is written last,
+in `<step>.new`, which then takes its place. Nothing that is read is executed: arrays and JSON
+alone.
 """
 
 import hashlib
@@ -19,9 +20,11 @@ import numpy as np
 
 from mgaug_jax.checks import check_count
 
-FORMAT = 2
-"""Of the checkpoints written; 1 had no description beside its arrays."""
-TEMPORARY = "*.orbax-checkpoint-tmp*"
+FORMAT = 3
+"""Of the checkpoints written."""
+ABOUT = "about.json"
+NEW, OLD = ".new", ".old"
+"""What is being written, and what it takes the place of."""
 
 
 class CheckpointError(ValueError):
@@ -55,8 +58,8 @@ def save(
     """Writes `tree` (a pytree of arrays) as `folder/<step>`, and waits until it is there.
 
     Of the steps up to this one the newest `keep` stay; later ones, of a run that was resumed before
-    them, go, and so does what a kill left half written. A checkpoint of this very step goes before
-    the new one is there.
+    them, go, and so does what a kill left half written. A checkpoint of this very step stays until
+    the new one is whole.
 
     Args:
       folder: Where to.
@@ -73,17 +76,22 @@ def save(
 
     check_count("keep", keep)
     folder = Path(folder).absolute()
+    new = folder / f"{step}{NEW}"
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     about = {"format": FORMAT, "leaves": _kinds(leaves), "identity": dict(identity or {})}
     about["digest"] = _digest(leaves, about)
-    about["own_digest"] = _digest([], about)
-    arrays = dict(zip(_names(leaves), leaves, strict=True))
     try:
         clean(folder)
-        shutil.rmtree(folder / str(step), ignore_errors=True)  # of a run resumed before this step
+        new.mkdir(parents=True)
         with _checkpointer() as checkpointer:
-            items = {"state": ocp.args.StandardSave(arrays), "about": ocp.args.JsonSave(about)}
-            checkpointer.save(folder / str(step), args=ocp.args.Composite(**items))
+            arrays = dict(zip(_names(leaves), leaves, strict=True))
+            checkpointer.save(new / "state", args=ocp.args.StandardSave(arrays))
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        about["files"] = {path.relative_to(new).as_posix(): _sha256(path) for path in files}
+        about["own_digest"] = _digest([], about)
+        (new / f"{ABOUT}.tmp").write_text(json.dumps(about))
+        (new / f"{ABOUT}.tmp").replace(new / ABOUT)
+        _put(new)
     except Exception as error:  # Orbax raises whatever its storage raises
         with suppress(OSError):
             clean(folder)
@@ -96,10 +104,26 @@ def save(
         shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
+def _put(new: Path) -> None:
+    """Gives a whole `<step>.new` its place. A kill in between leaves it to `clean`."""
+    place, old = new.with_suffix(""), new.with_suffix(OLD)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def clean(folder: str | Path) -> None:
-    """Removes what was being written when a process was killed. No other may be writing."""
-    for half in Path(folder).glob(TEMPORARY):
-        shutil.rmtree(half)
+    """Ends what a kill interrupted: what was whole takes its place, what was not goes. No other
+    process may be writing.
+    """
+    for old in Path(folder).glob(f"*{OLD}"):
+        shutil.rmtree(old)
+    for new in Path(folder).glob(f"*{NEW}"):
+        if (new / ABOUT).exists():
+            _put(new)
+        else:
+            shutil.rmtree(new)
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -151,12 +175,7 @@ def _checkpointer():
 
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(this, {this}, f"process{this}")
-    composite = ocp.CompositeOptions(multiprocessing_options=alone)
-    handler = ocp.CompositeCheckpointHandler(
-        composite_options=composite,
-        state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
@@ -178,36 +197,55 @@ def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
     shapes, tree = jax.tree.flatten(like)
-    if not (path / "about").exists():
+    about = _about(path)
+    for name, digest in about.pop("files").items():
+        if not (path / name).exists():
+            raise CheckpointError(f"{name} is missing")
+        if _sha256(path / name) != digest:
+            raise CheckpointError(f"{name} is not what was saved (the digest differs)")
+    if about["leaves"] != _kinds(shapes):
         raise OtherError(
-            "it lacks the description of its arrays: it has format 1, which only development "
-            "versions before 2026-11-25 wrote and read, or is damaged; in that case remove it"
+            f"it holds other arrays than this run has: {_difference(about['leaves'], shapes)}"
         )
+    template = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in zip(_names(shapes), shapes, strict=True)
+    }
     with _checkpointer() as checkpointer:
-        about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        about = about["about"]
-        if about.pop("own_digest") != _digest([], about):
-            raise CheckpointError("its description is not what was saved (the digest differs)")
-        if about["format"] != FORMAT:
-            raise OtherError(
-                f"it has format {about['format']}, and this version of mgaug_jax reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        if about["leaves"] != _kinds(shapes):
-            raise OtherError(
-                f"it holds other arrays than this run has: {_difference(about['leaves'], shapes)}"
-            )
-        template = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for name, leaf in zip(_names(shapes), shapes, strict=True)
-        }
-        items = {"state": ocp.args.StandardRestore(template)}
-        found = checkpointer.restore(path, args=ocp.args.Composite(**items))["state"]
+        found = checkpointer.restore(path / "state", args=ocp.args.StandardRestore(template))
     leaves = [found[name] for name in _names(shapes)]
     digest = about.pop("digest")
     if _digest([np.asarray(leaf) for leaf in leaves], about) != digest:
-        raise CheckpointError("its contents are not what was saved (the digest differs)")
+        raise CheckpointError("its arrays are not what was saved (the digest differs)")
     return tree.unflatten(leaves), about["identity"]
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint.
+
+    Raises:
+      OtherError: It is of another format.
+      CheckpointError: It is missing or damaged.
+    """
+    if (path / "about").is_dir():
+        raise OtherError(
+            "it has format 2, which only development versions before 2026-11-27 wrote and read"
+        )
+    if not (path / ABOUT).exists():
+        raise CheckpointError(f"{ABOUT} is missing")
+    try:
+        about = json.loads((path / ABOUT).read_bytes())
+        sound = about.pop("own_digest") == _digest([], about)
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or something else in it
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{ABOUT} is not what was saved (the digest differs)")
+    if about["format"] != FORMAT:
+        raise OtherError(
+            f"it has format {about['format']}, and this version of mgaug_jax reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    return about
 
 
 def _difference(saved: list, shapes: list) -> str:
@@ -235,3 +273,8 @@ def _digest(leaves: list[np.ndarray], about: Mapping[str, Any]) -> str:
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

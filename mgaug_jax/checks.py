@@ -1,4 +1,4 @@
-"""Refusals of numbers that make no sense; traced values, of which nothing is known, pass."""
+"""Refusals of what makes no sense; traced values, of which nothing is known, pass."""
 
 import math
 from typing import Any
@@ -78,3 +78,23 @@ def check_positive(name: str, value: float | Array) -> None:
     number = known(value)
     if number is not None and not 0 < number < math.inf:
         raise ValueError(f"{name}={value!r} was asked for; take a number above 0.")
+
+
+def check_function(name: str, value: Any, example: str) -> None:
+    """Refuses what cannot be called.
+
+    Raises:
+      ValueError: It cannot.
+    """
+    if not callable(value):
+        raise ValueError(f"{name} must be a function such as {example}, not {value!r}.")
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuses what is not of a type.
+
+    Raises:
+      ValueError: It is not.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__} such as {example}, not {value!r}.")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mgaug_jax.augmentations import check_images, turn_classes
-from mgaug_jax.checks import check_count
+from mgaug_jax.checks import check_count, check_function
 from mgaug_jax.judging import with_judge
 from mgaug_jax.meta import adapted_loss
 from mgaug_jax.types import Array, Examples, Make, MetaParams, Modifier, Net, Task
@@ -50,7 +50,12 @@ def maxup(
         already, or (at the first step) the pool's changes differ in shape or find no images.
     """
     check_count("copies", copies)
-    pool = tuple(default_pool() if pool is None else pool)
+    check_function("level", level, "copies.by_task")
+    pool = default_pool() if pool is None else pool
+    if not isinstance(pool, tuple | list):
+        raise ValueError(f"pool={pool!r} must be a tuple of changes, as copies.default_pool().")
+    for change in pool:
+        check_function("a change", change, "copies.large_rotation")
     if not pool:
         raise ValueError("maxup was given an empty pool; give it a change, or leave it out.")
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgaug_jax.checks import check_count
+from mgaug_jax.checks import check_count, check_function
 from mgaug_jax.types import Array, Examples, Task
 
 
@@ -104,8 +104,9 @@ def sampler(
     key alone.
 
     Raises:
-      ValueError: A size is not a positive integer, or way is 1.
+      ValueError: A size is not a positive integer, way is 1, or `choose` no function.
     """
+    check_function("choose", choose, "episodes.mutually_exclusive")
     check_count("way", way, 2)
     for name, value in (("shot", shot), ("queries", queries), ("tasks", tasks)):
         check_count(name, value)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mgaug_jax.checks import check_count
 from mgaug_jax.losses import accuracy
 from mgaug_jax.sharding import over_tasks
 from mgaug_jax.types import Array, MetaParams, Method, Task
@@ -43,7 +44,8 @@ def interval(scores: Array, z: float = 1.96, group: int = 1) -> Interval:
     Raises:
       ValueError: The episodes are no whole number of groups.
     """
-    if group < 1 or len(scores) % group:
+    check_count("group", group)
+    if len(scores) % group:
         raise ValueError(f"{len(scores)} episodes make no groups of {group}; give a divisor.")
     means = jnp.mean(scores.reshape(-1, group), axis=1)
     std = jnp.std(means)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_positive, check_probability, known
+from mgaug_jax.checks import check_function, check_positive, check_probability, known
 from mgaug_jax.learners import transductive
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import (
@@ -71,7 +71,8 @@ def metamix(*, law: Law | None = None, shuffle: float | Array = 0.0) -> Modifier
         or are inductive, its outer loss was replaced already, or `shuffle` is outside [0, 1] or
         asked of a regression or a network of one block.
     """
-    law = law or beta_law()
+    law = beta_law() if law is None else law
+    check_function("law", law, "judging.beta_law()")
     check_probability("shuffle", shuffle, below_one=False)
     shuffles = known(shuffle) != 0
 

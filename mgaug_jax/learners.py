@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_count
+from mgaug_jax.checks import check_count, check_function, check_kind
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.types import (
     Array,
@@ -54,6 +54,8 @@ def inductive(net: Net, params: Params, support: Examples, x: Array) -> Array:
 
 
 def _check_forward(net: Net, forward: Forward) -> None:
+    check_kind("net", net, Net, "nets.conv4(way=5)")
+    check_function("forward", forward, "transductive")
     if forward is inductive and net.apply_by_first is None:
         raise ValueError(
             "inductive normalises the queries by the support's statistics, but this network "
@@ -88,6 +90,10 @@ def descend(
       ValueError: `steps` is not a positive integer, or `forward` asks too much of the network.
     """
     check_count("steps", steps)
+    check_function("inner", inner, "identity")
+    check_function("rule", rule, "lambda extra: optax.sgd(0.1)")
+    check_function("extra", extra, "lambda params: {}")
+    check_function("loss", loss, "losses.cross_entropy")
     _check_forward(net, forward)
 
     def init(key: Array) -> MetaParams:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mgaug_jax.checks import check_function, check_kind
 from mgaug_jax.losses import accuracy
 from mgaug_jax.resize import resize_task
 from mgaug_jax.sharding import over_tasks
@@ -274,7 +275,13 @@ def trainer(
 
     Any number of a method may depend on the meta-step: give `step -> Method`, and the number is
     traced, so nothing is compiled again.
+
+    Raises:
+      ValueError: `method` or `optimizer` is neither.
     """
+    if not isinstance(method, Method):
+        check_function("method", method, "lambda step: maml(net), unless it is one")
+    check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adam(1e-3)")
     at = method if not isinstance(method, Method) else lambda step: method
     rule = optax.with_extra_args_support(optimizer)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_count, check_rate
+from mgaug_jax.checks import check_count, check_function, check_kind, check_rate
 from mgaug_jax.learners import descend, prototypes, transductive
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.perturb import before
@@ -76,6 +76,7 @@ def anil(net: Net, **options) -> Method:
     Raises:
       ValueError: The network does not say which layer is its head; or as `maml`.
     """
+    check_kind("net", net, Net, "nets.conv4(way=5)")
     if not any(role.head for role in jax.tree.leaves(net.roles)):
         raise ValueError(
             "anil adapts the head alone, but this network names none. Give the name of its last "
@@ -85,7 +86,12 @@ def anil(net: Net, **options) -> Method:
 
 
 def freeze(leaves: Callable[[Role], bool]) -> Modifier:
-    """The inner loop moves no weight whose role is among `leaves`; the outer loop does."""
+    """The inner loop moves no weight whose role is among `leaves`; the outer loop does.
+
+    Raises:
+      ValueError: `leaves` is no function.
+    """
+    check_function("leaves", leaves, "lambda role: not role.head")
 
     def fixed(role: Role) -> Role:
         return dataclasses.replace(role, fixed=role.fixed or leaves(role))

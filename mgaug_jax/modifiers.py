@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mgaug_jax import pruning
-from mgaug_jax.checks import check_count, check_fraction, known
+from mgaug_jax.checks import check_count, check_fraction, check_function, known
 from mgaug_jax.types import Array, Method, Modifier, Net, Params, Probe, Pruner, Views
 
 
@@ -75,12 +76,16 @@ def mgaug(
 
     Raises:
       ValueError: A number outside its range, sub-networks asked for twice, or a network in which
-        the pruner finds nothing to prune.
+        the pruner finds nothing to prune, or no function where one belongs.
     """
     for name, value in (("keep", keep), ("high", high), ("cap", cap)):
         check_fraction(name, value)
     if (least := known(keep)) is not None and (most := known(high)) is not None and least > most:
         raise ValueError(f"keep={keep} is the smallest fraction kept but exceeds high={high}.")
+    if not isinstance(active, bool | np.bool_ | jax.Array):
+        raise ValueError(f"active={active!r} was asked for; take True, False or a traced one.")
+    check_function("pruner", pruner, "pruning.catfish()")
+    check_function("reduce", reduce, "modifiers.total")
     check_count("subnets", subnets)
     if not isinstance(sizes, tuple | list):
         raise ValueError(f"sizes={sizes!r} must be a tuple of pixels, as in (84, 64, 48).")
@@ -126,7 +131,13 @@ def wp(**options) -> Modifier:
 
 
 def compose(*modifiers: Modifier) -> Modifier:
-    """One modifier of several, the last applied first: `compose(a, b)(m)` is `a(b(m))`."""
+    """One modifier of several, the last applied first: `compose(a, b)(m)` is `a(b(m))`.
+
+    Raises:
+      ValueError: One of them is no function.
+    """
+    for modifier in modifiers:
+        check_function("a modifier", modifier, "cp(keep=0.98)")
     return functools.reduce(lambda f, g: lambda method: f(g(method)), modifiers, lambda m: m)
 
 

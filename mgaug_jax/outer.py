@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_count, check_fraction, check_rate, known
+from mgaug_jax.checks import check_count, check_fraction, check_function, check_rate, known
 from mgaug_jax.perturb import outer, outer_update
 from mgaug_jax.types import Array, MetaParams, Method, Modifier, Params, Role, Transform
 
@@ -19,9 +19,10 @@ def l2(weight: float | Array, *, leaves: Callable[[Role], bool] = lambda role: T
       leaves: Which of the network's leaves are pulled, by their roles.
 
     Raises:
-      ValueError: `weight` is negative or not a number.
+      ValueError: `weight` is negative or not a number, or `leaves` no function.
     """
     check_rate("weight", weight)
+    check_function("leaves", leaves, "lambda role: not role.head")
 
     def modify(method: Method) -> Method:
         pull = _on_leaves(method, leaves, lambda g, w: g + jnp.asarray(weight, g.dtype) * w)
@@ -41,9 +42,10 @@ def weight_decay(
       leaves: As in `l2`.
 
     Raises:
-      ValueError: `rate` is negative or not a number.
+      ValueError: `rate` is negative or not a number, or `leaves` no function.
     """
     check_rate("rate", rate)
+    check_function("leaves", leaves, "lambda role: not role.head")
 
     def modify(method: Method) -> Method:
         pull = _on_leaves(method, leaves, lambda u, w: u - jnp.asarray(rate, u.dtype) * w)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_probability, check_rate, known
+from mgaug_jax.checks import check_function, check_probability, check_rate, known
 from mgaug_jax.types import (
     Array,
     Method,
@@ -196,9 +196,13 @@ def noise(
       relative_to: `unit`, `gradient_rms`, `leaf_rms` or `weight_rms`.
 
     Raises:
-      ValueError: `std` is negative or not a number, or the method has no such site.
+      ValueError: `std` is negative or not a number, the method has no such site, or what should be
+        a function is none.
     """
     check_rate("std", std)
+    check_function("site", site, "perturb.inner")
+    check_function("distribution", distribution, "perturb.gaussian")
+    check_function("relative_to", relative_to, "perturb.unit")
 
     def perturb(key: Array, grads: Params, weights: Params) -> Params:
         eps = optax.tree.random_like(key, grads, distribution)
@@ -260,8 +264,11 @@ def drop_grad(
         p in the Bernoulli form and the standard deviation in the Gaussian one, as released.
 
     Raises:
-      ValueError: `rate` is outside [0, 1), `ramp` outside [0, 1], or the method has no such site.
+      ValueError: `rate` is outside [0, 1), `ramp` outside [0, 1], the method has no such site,
+        or what should be a function is none.
     """
+    check_function("site", site, "perturb.inner")
+    check_function("factors", factors, "perturb.gaussian_factors")
     check_probability("rate", rate)
     check_probability("ramp", ramp, below_one=False)
 

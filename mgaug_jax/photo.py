@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mgaug_jax.augmentations import augment, check_images
-from mgaug_jax.checks import check_count, check_rate
+from mgaug_jax.checks import check_count, check_function, check_rate
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Array, Examples, Modifier, Task
 
@@ -44,8 +44,10 @@ def photo_augment(
       transform: `(key, image [h, w, c]) -> image` on whole numbers in [0, 255].
 
     Raises:
-      ValueError: (At the first step) examples are not images `[h, w, c]`.
+      ValueError: `transform` is no function, or (at the first step) examples are not images
+        `[h, w, c]`.
     """
+    check_function("transform", transform, "photo.baseline")
 
     def change(key: Array, task: Task) -> Task:
         def part(key: Array, examples: Examples) -> Examples:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from mgaug_jax.checks import check_function
 from mgaug_jax.types import Array, Net, Params, Probe
 
 Scores = Callable[[Params, Probe], Params]
@@ -147,7 +148,13 @@ def catfish(scores: Scores = adapted, ranking=per_layer, select: Select = releas
       scores: `adapted` (released code), `initial` (paper), `leave_one_out`, or your own.
       ranking: `per_layer` (paper and code) or `globally`.
       select: `released` (k - 1, ties kept), `released_by_rank` or `exact`.
+
+    Raises:
+      ValueError: One of them is no function.
     """
+    check_function("scores", scores, "pruning.adapted")
+    check_function("ranking", ranking, "pruning.per_layer")
+    check_function("select", select, "pruning.exact")
 
     def prune(key: Array, net: Net, params: Params, probe: Probe, keep: Array) -> Params:
         del key

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mgaug_jax.checks import check_kind
 from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Method, Modifier
 
@@ -32,8 +33,9 @@ def sharded(mesh: Mesh) -> Modifier:
     state and data on the mesh by `replicate`, and compile with `out_shardings=replicated(mesh)`.
 
     Raises:
-      ValueError: The mesh has explicit axes, or the method is spread over one already.
+      ValueError: The mesh is none or has explicit axes, or the method is spread over one already.
     """
+    check_kind("mesh", mesh, Mesh, "sharding.mesh()")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
             "sharded was given a mesh with explicit axes, in which every operation must name its "

@@ -6,13 +6,14 @@ network before its first inner step; sub-networks take no part. The source was n
 losses and predictions are those of the query is our reading, and so is the default index (Theil).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_rate, known
+from mgaug_jax.checks import check_function, check_rate, known
 from mgaug_jax.types import Array, Learner, MetaParams, Method, Modifier, Task, Term
 
 Index = Callable[[Array], Array]
@@ -27,7 +28,12 @@ LEAST = 1e-6
 def generalised_entropy(a: float) -> Index:
     """`GE(a) = mean((l / mean l)^a - 1) / (a (a - 1))`; its limits are Theil's index at a = 1 and
     the mean log deviation `-mean ln(l / mean l)` at 0.
+
+    Raises:
+      ValueError: `a` is not a finite number.
     """
+    if not math.isfinite(math.nan if (number := known(a)) is None else number):
+        raise ValueError(f"a={a!r} was asked for; take a finite number, as 1 for Theil's index.")
 
     def index(losses: Array) -> Array:
         share = losses / jnp.mean(losses)
@@ -47,7 +53,11 @@ theil = generalised_entropy(1)
 def atkinson(aversion: float) -> Index:
     """`1 - (mean l^(1 - eps))^(1 / (1 - eps)) / mean l`, eps the `aversion`; at 1 its limit,
     `1 - (geometric mean) / mean l`.
+
+    Raises:
+      ValueError: `aversion` is negative or not a number.
     """
+    check_rate("aversion", aversion)
 
     def index(losses: Array) -> Array:
         share = losses / jnp.mean(losses)
@@ -80,8 +90,9 @@ def inequality(weight: float | Array, *, index: Index = theil) -> Modifier:
       index: `theil`, `generalised_entropy(a)`, `atkinson(eps)`, `gini` or `log_variance`.
 
     Raises:
-      ValueError: `weight` is negative or not a number.
+      ValueError: `weight` is negative or not a number, or `index` no function.
     """
+    check_function("index", index, "taml.theil")
 
     def measure(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
         del key

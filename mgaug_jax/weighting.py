@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_positive
+from mgaug_jax.checks import check_function, check_positive
 from mgaug_jax.meta import task_keys, view
 from mgaug_jax.sharding import over_tasks
 from mgaug_jax.types import Array, MetaParams, Method, Modifier, Task
@@ -99,9 +99,11 @@ def feedback(
       similarity: Of two gradients, a scalar.
 
     Raises:
-      ValueError: Feedback was asked for twice.
+      ValueError: Feedback was asked for twice, or no function is given where one belongs.
     """
-    weights = weights or softmax_weights()
+    weights = softmax_weights() if weights is None else weights
+    check_function("weights", weights, "weighting.softmax_weights()")
+    check_function("similarity", similarity, "weighting.cosine")
 
     def weigh(addends: MetaParams) -> Array:
         task_gradients = jax.tree.map(lambda leaf: len(leaf) * leaf, addends)

@@ -22,6 +22,13 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Compiled programs of a module, which would add up to gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""
@@ -72,6 +79,14 @@ def make_tasks(key, tasks=2, way=3, shot=1, queries=2, shape=(16, 16, 1)) -> Tas
 
 def small_conv(way=3, width=4):
     return nets.conv4(way, width=width, image=(16, 16, 1))
+
+
+def few_episodes(monkeypatch, test=20, validation=10, memory=10) -> None:
+    """Entry points test on so many."""
+    from experiments import scoring
+
+    for name, value in (("TEST", test), ("VALIDATION", validation), ("MEMORY", memory)):
+        monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
 
 
 def start(monkeypatch, module, *arguments: str) -> int:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from conftest import refused, start
+from conftest import few_episodes, refused, start
 
-from experiments import cli, compare, evaluate, loading, scoring, spec, store, train, vocabulary
+from experiments import cli, compare, evaluate, loading, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
 from mgaug_jax.data import pixels
 
@@ -35,9 +35,7 @@ TINY = [
 def small_tests(monkeypatch, glyph_cache):
     """Few episodes, and the glyphs that the session has rendered."""
     monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
-    monkeypatch.setattr(scoring, "TEST_EPISODES", 60)
-    monkeypatch.setattr(scoring, "VALIDATION_EPISODES", 10)
-    monkeypatch.setattr(scoring, "MEMORY_EPISODES", 10)
+    few_episodes(monkeypatch, test=60)
 
 
 # --- a run ----------------------------------------------------------------------------------
@@ -49,8 +47,7 @@ def finished(tmp_path_factory, glyph_cache):
     folder = tmp_path_factory.mktemp("runs") / "four steps ü"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
-        for name, value in (("TEST", 60), ("VALIDATION", 10), ("MEMORY", 10)):
-            patch.setattr(scoring, f"{name}_EPISODES", value)
+        few_episodes(patch, test=60)
         assert start(patch, train, *TINY, f"--out={folder}") == 0
     return folder
 
@@ -144,10 +141,17 @@ def test_existing_run_is_not_overwritten(finished, monkeypatch, capsys):
     assert "--resume" in text
 
 
-def test_resume_with_other_settings_is_refused(finished, monkeypatch, capsys):
-    arguments = (*TINY, f"--out={finished}", "--resume", "--outer_lr=0.5")
-    text = refused(capsys, monkeypatch, train, *arguments)
-    assert "--outer_lr is 0.5 but was 0.001" in text
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--outer_lr=0.5", "--outer_lr is 0.5 but was 0.001"),
+        ("--way=2", "--way is 2 but was 3"),
+        ("--net=conv4(width=5)", "--net is 'conv4(width=5)' but was 'conv4(width=4)'"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(flag, says, finished, monkeypatch, capsys):
+    arguments = (*TINY, f"--out={finished}", "--resume", flag)
+    assert says in refused(capsys, monkeypatch, train, *arguments)
 
 
 def test_fewer_steps_than_done_are_refused(finished, monkeypatch, capsys):

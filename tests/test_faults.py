@@ -3,6 +3,7 @@
 pytest -m slow tests/test_faults.py    # twenty kills, and 20,000 steps watched from outside
 """
 
+import hashlib
 import json
 import os
 import random
@@ -11,9 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_tasks, refused, start
+from conftest import few_episodes, make_tasks, refused, start
 
-from experiments import cli, loading, plots, runs, scoring, store, train
-from mgaug_jax import checkpoint, loops, maml, meta, nets, trainer
+from experiments import cli, evaluate, loading, plots, runs, scoring, store, train
+from mgaug_jax import checkpoint, loops, maml, meta, nets, tasks_at_once, trainer
 from mgaug_jax.loops import advance
 from mgaug_jax.losses import squared_error
 from mgaug_jax.meta import meta_gradient
@@ -84,41 +86,36 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_never_gives_other_numbers(damage, tmp_path):
-    """Every file of a checkpoint in turn: either it does not matter, or the step before is taken,
-    with a warning that names file and reason, and the bad one is put aside.
-    """
+def test_a_damaged_file_is_named_and_the_step_before_is_taken(damage, tmp_path):
+    """Every file of a checkpoint in turn; the bad one is put aside."""
     whole = tmp_path / "whole"
-    files, passed = saved(whole), 0
+    files, change = saved(whole), DAMAGES[damage]
     assert len(files) > 5
     for i, name in enumerate(files):
         folder = tmp_path / str(i)
         shutil.copytree(whole, folder)
-        path, change = folder / "2" / name, DAMAGES[damage]
-        data = path.read_bytes()
+        path = folder / "2" / name
         if change is None:
             path.unlink()
-        elif data:
+        elif data := path.read_bytes():
             path.write_bytes(change(data))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = checkpoint.restore(folder, tree(0), quarantine=True)
-        jax.tree.map(np.testing.assert_array_equal, found.tree, tree(found.step))
-        if found.step == 2:
+        else:
             continue
-        passed += 1
-        texts = [str(w.message) for w in caught if "Passing over" in str(w.message)]
-        assert len(texts) == 1
-        assert str(folder / "2") in texts[0]
+        with pytest.warns(UserWarning, match="Passing over") as caught:
+            found = checkpoint.restore(folder, tree(0), quarantine=True)
+        assert found.step == 1
+        jax.tree.map(np.testing.assert_array_equal, found.tree, tree(1))
+        (text,) = [str(w.message) for w in caught if "Passing over" in str(w.message)]
+        reason = "is missing" if change is None else "is not what was saved"
+        assert f"{folder / '2'}: {name.as_posix()} {reason}" in text
         assert (folder / "2.corrupt").is_dir()
         assert checkpoint.steps(folder) == [1]
-    assert passed >= 2  # the arrays and their description at least
 
 
 def test_no_whole_checkpoint_is_an_error_that_says_why_for_each(tmp_path):
     saved(tmp_path)
     for step in (1, 2):
-        (tmp_path / str(step) / "about" / "metadata").unlink()
+        (tmp_path / str(step) / checkpoint.ABOUT).unlink()
     with (
         pytest.warns(UserWarning, match="cannot be read"),
         pytest.raises(checkpoint.CheckpointError, match=r"/2: .*/1: "),
@@ -179,16 +176,28 @@ def test_other_arrays_are_named_and_stay(like, says, tmp_path):
     assert (checkpoint.restore(tmp_path, jnp.zeros(3)).tree == 1).all()
 
 
-def test_other_formats_are_named(tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
+def test_a_checkpoint_of_this_format_stays_readable(whole, tmp_path):
+    """If what is read or what runs save changes, so must `FORMAT`, and this file and hash."""
+    with tarfile.open(ROOT / "tests" / f"checkpoint_{checkpoint.FORMAT}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    like = {"w": jnp.zeros((2, 3)), "n": jnp.int32(0)}
+    found = checkpoint.restore(tmp_path, like)
+    jax.tree.map(
+        np.testing.assert_array_equal, found.tree, {"w": np.arange(6.0).reshape(2, 3), "n": 7}
+    )
+    assert found.identity == {"spec": "maml"}
+    leaves = jax.tree_util.tree_leaves_with_path(state_of(whole))
+    paths = "\n".join(jax.tree_util.keystr(path) for path, _ in leaves)
+    assert hashlib.sha256(paths.encode()).hexdigest()[:12] == "f85acd781c3c", paths
 
+
+def test_other_formats_are_named_and_stay(tmp_path, monkeypatch):
     old, new = tmp_path / "old", tmp_path / "new"
-    with ocp.StandardCheckpointer() as checkpointer:  # as format 1 was written
-        checkpointer.save(old / "1", {"leaves": {"00000": np.ones(3)}, "digest": np.zeros(32)})
+    (old / "1" / "about").mkdir(parents=True)  # as format 2 had it
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     checkpoint.save(new, 1, jnp.ones(3))
     monkeypatch.undo()
-    for folder, says in ((old, "format 1"), (new, r"format 99.*use the version that wrote it")):
+    for folder, says in ((old, "format 2"), (new, r"format 99.*use the version that wrote it")):
         with pytest.raises(checkpoint.CheckpointError, match=says):
             checkpoint.restore(folder, jnp.ones(3), quarantine=True)
         assert checkpoint.steps(folder) == [1]
@@ -196,12 +205,41 @@ def test_other_formats_are_named(tmp_path, monkeypatch):
 
 def test_what_a_kill_left_half_written_is_not_met_and_goes(tmp_path):
     saved(tmp_path)
-    half = tmp_path / "3.orbax-checkpoint-tmp-17"
-    shutil.copytree(tmp_path / "2", half)
+    half = tmp_path / "3.new"
+    shutil.copytree(tmp_path / "2" / "state", half / "state.orbax-checkpoint-tmp")
     assert checkpoint.restore(tmp_path, tree(0)).step == 2
     checkpoint.save(tmp_path, 3, tree(3))
     assert not half.exists()
     assert checkpoint.restore(tmp_path, tree(0)).step == 3
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_step_saved_again_is_never_without_a_whole_one(done, tmp_path, monkeypatch):
+    """Killed while Orbax writes, before the old step is moved, before the new one is, or never."""
+    checkpoint.save(tmp_path, 1, tree(1))
+    real, renames = Path.rename, []
+
+    def rename(path, target):
+        if path.parent == tmp_path:
+            renames.append(path)
+            if len(renames) == done:
+                raise Killed
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    if not done:
+        monkeypatch.setattr(checkpoint, "_checkpointer", lambda: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed) if done < 3 else nullcontext():
+        checkpoint.save(tmp_path, 1, tree(7))
+    monkeypatch.undo()
+    checkpoint.clean(tmp_path)
+    found = checkpoint.restore(tmp_path, tree(0))
+    jax.tree.map(np.testing.assert_array_equal, found.tree, tree(7 if done else 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 @pytest.fixture
@@ -220,8 +258,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(small_disk):
     saved(small_disk)
     with pytest.raises(checkpoint.SaveError, match=r"/3 \(8,000,000 bytes\) cannot be written"):
         checkpoint.save(small_disk, 3, jnp.asarray(np.random.default_rng(0).random(2_000_000)))
-    assert [path.name for path in small_disk.iterdir()].count("3") == 0
-    assert not list(small_disk.glob(checkpoint.TEMPORARY))
+    assert sorted(path.name for path in small_disk.iterdir()) == ["1", "2"]
     assert checkpoint.restore(small_disk, tree(0)).step == 2
 
 
@@ -312,8 +349,7 @@ def test_a_gradient_and_a_parameter_that_are_not_finite_are_told_apart():
 
 @pytest.fixture(autouse=True)
 def small_tests(monkeypatch):
-    for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-        monkeypatch.setattr(scoring, f"{name}_EPISODES", value)
+    few_episodes(monkeypatch)
 
 
 def state_of(folder: Path):
@@ -327,8 +363,7 @@ def whole(tmp_path_factory):
     """A run of twelve steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("TEST", 20), ("VALIDATION", 10), ("MEMORY", 10)):
-            patch.setattr(scoring, f"{name}_EPISODES", value)
+        few_episodes(patch)
         code = start(patch, train, *SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
     assert code == 0
     return folder
@@ -402,7 +437,7 @@ def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(
 ):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    for path in (folder / "checkpoints").glob("*/about/metadata"):
+    for path in (folder / "checkpoints").glob("*/about.json"):
         path.write_text("{}")
     arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}", "--resume")
     for _ in range(2):  # the second time they are put aside already
@@ -452,11 +487,71 @@ def test_checkpoints_of_another_run_are_refused(whole, tmp_path, monkeypatch, ca
     assert "--seed is 1 but was 0" in text
 
 
-def test_another_version_is_said_not_to_be_bit_exact(whole, monkeypatch, capsys):
+def test_what_is_not_bit_exact_is_said(whole, monkeypatch, capsys):
+    made = loading.setup(store.read_config(whole))
+    store.restore(made, whole, resume=True)
+    assert "not bit-exact" not in capsys.readouterr().out
     now = store.versions()
-    monkeypatch.setattr(store, "versions", lambda: now | {"devices": "4"})
-    store.restore(loading.setup(store.read_config(whole)), whole, resume=True)
-    assert "not bit-exact to what came before: devices 1 -> 4" in capsys.readouterr().out
+    monkeypatch.setattr(store, "versions", lambda: now | {"jaxlib": "99"})
+    store.restore(runs.on_devices(made, None, tasks_at_once(1)), whole, resume=True)
+    said = (
+        f"not bit-exact to what came before: jaxlib {now['jaxlib']} -> 99, tasks_at_once None -> 1"
+    )
+    assert said in capsys.readouterr().out
+
+
+def test_other_data_are_refused_by_the_folder_and_by_the_checkpoint(whole):
+    made = loading.setup(store.read_config(whole))._replace(digests={"train": "ab", "test": "cd"})
+    says = "the train and test data are not those that"
+    with pytest.raises(cli.BadInput, match=says):
+        store.check_digests(whole, made)
+    with pytest.raises(cli.BadInput, match=says):
+        store.restore(made, whole, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": "6"}, "steps='6' is no int"),
+        ({"method": 3}, "method=3 is no str"),
+        ({"net": 5}, "net=5 is no str | None"),
+        ({"outer_lr": "x"}, "outer_lr='x' is no float"),
+        ({"outer_lr": None}, "outer_lr=None is no float"),
+        ({"labels": ["a"]}, "labels=['a'] is no str"),
+        ({"seed": 1.5}, "seed=1.5 is no int"),
+        ({"seed": True}, "seed=True is no int"),
+        ({"steps": 6.5, "rotations": 1}, "steps=6.5 is no int; rotations=1 is no bool"),
+        ({"sigma": 1}, "sigma is no setting"),
+        (("way", "seed"), "way is missing; seed is missing"),
+        ("{", "Expecting property name"),
+        ("[]", "it says nothing of a configuration"),
+        ("[" * 10**5, "is not a run folder"),
+        ({"steps": 0}, "--steps=0 must be 1 or more"),
+        ({"method": "mamal()"}, "mamal"),
+    ],
+)
+def test_an_edited_configuration_is_refused_in_a_sentence(
+    change, says, whole, tmp_path, monkeypatch, capsys
+):
+    record = json.loads((whole / "config.json").read_text())
+    if isinstance(change, dict):
+        record["config"] |= change
+    elif isinstance(change, tuple):
+        record["config"] = {k: v for k, v in record["config"].items() if k not in change}
+    text = change if isinstance(change, str) else json.dumps(record)
+    (tmp_path / "config.json").write_text(text)
+    assert says in refused(capsys, monkeypatch, evaluate, f"--run={tmp_path}")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "sealed").mkdir(mode=0o500)
+    places = [tmp_path / "file" / "run"]
+    if os.geteuid():  # root may write everywhere
+        places.append(tmp_path / "sealed" / "run")
+    for place in places:
+        text = refused(capsys, monkeypatch, train, *SINES, "--steps=1", f"--out={place}")
+        assert f"cannot write to {place}" in text
 
 
 def test_a_folder_in_use_is_refused_and_a_freed_one_taken(whole, monkeypatch, capsys):
@@ -520,6 +615,11 @@ def test_skipped_updates_are_counted_and_end_the_run_when_they_are_too_many(
     assert state_of(tmp_path / "2").skipped == results["skipped"] == 2
     records = store.read_records(tmp_path / "2")
     assert [r["step"] for r in records if "skipped" in r] == [3, 6]
+    # the state is on disk already: nothing is written, nor can writing fail
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", None)
+        again = (*arguments, f"--out={tmp_path / '0'}", "--resume")
+        assert start(monkeypatch, train, *again) == 3
     # nothing is lost by having met them with too small a number
     for n in (0, 1):
         folder = tmp_path / str(n)
@@ -653,8 +753,9 @@ def test_other_devices_go_on_and_say_so(whole, tmp_path):
     shutil.copytree(whole, folder)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     longer, alone = ("--steps=16", "--eval_every=4"), tmp_path / "alone"
-    out, _ = finish(launch(folder, *longer, env=os.environ | {"XLA_FLAGS": flags}))
-    assert "not bit-exact to what came before: devices 1 -> 4" in out
+    four = launch(folder, *longer, "--mesh=2", env=os.environ | {"XLA_FLAGS": flags})
+    out, _ = finish(four)
+    assert "not bit-exact to what came before: devices 1 -> 2\n" in out
     shutil.copytree(whole, alone)
     finish(launch(alone, *longer))
     one, other = state_of(folder).state, state_of(alone).state
@@ -677,39 +778,53 @@ def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_no_checkpoint(small_di
     assert state_of(folder).state.step == kept[-1] > 0
 
 
-def kill_trials(tmp_path, trials: int, seed: int) -> int:
-    """Kills a run at random moments until `trials` are used up, lets it end and compares it with
-    one that was left alone. Returns how many kills came before the end.
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+
+
+def signal_twice(process: subprocess.Popen) -> None:
+    process.terminate()
+    next(line for line in process.stderr if "once more ends at once" in line)
+    process.terminate()
+
+
+def end_by_force(tmp_path, seed: int, *trials) -> None:
+    """Ends a run by force again and again, lets it end and compares it with one left alone.
+
+    Every trial is `(checkpoints to wait for, line to wait for, most seconds after both, how)`.
     """
-    rng, killed = random.Random(seed), 0
-    arguments = ("--steps=400", "--eval_every=5")
+    rng, last = random.Random(seed), 400
+    arguments = (f"--steps={last}", "--eval_every=5")
     alone, folder = tmp_path / "alone", tmp_path / "killed"
     finish(launch(alone, *arguments))
-    for _ in range(trials):
-        before = max(checkpoint.steps(folder / "checkpoints"), default=0)
+
+    def step() -> int:
+        return max(checkpoint.steps(folder / "checkpoints"), default=0)
+
+    for wait, line, seconds, how in trials:
+        until = min(step() + 5 * wait, last)
         process = launch(folder, *arguments)
-        moved = lambda before=before: (
-            max(checkpoint.steps(folder / "checkpoints"), default=0) > before
-        )
-        wait_for(lambda moved=moved, p=process: moved() or p.poll() is not None, process)
-        time.sleep(rng.random() * 0.3)
-        process.kill()
+        wait_for(lambda until=until: step() >= until, process)
+        if line:
+            next(text for text in process.stdout if text.startswith(line))
+        time.sleep(rng.random() * seconds)
+        how(process)
         process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-        assert max(checkpoint.steps(folder / "checkpoints"), default=0) > before  # nothing is lost
+        assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+        assert step() >= until  # nothing is lost
     finish(launch(folder, *arguments))
-    assert not list((folder / "checkpoints").glob(checkpoint.TEMPORARY))
+    assert all(path.name.isdigit() for path in (folder / "checkpoints").iterdir())
     assert_same_run(folder, alone)
-    return killed
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
-    assert kill_trials(tmp_path, trials=2, seed=0) == 2
+def test_a_run_ended_by_force_goes_on_as_if_it_had_not_been(tmp_path):
+    end_by_force(tmp_path, 0, (1, "", 0.3, kill), (0, "compiling", 0, signal_twice))
 
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
-    assert kill_trials(tmp_path, trials=20, seed=1) == 20
+    start, saving, report = (0, "", 6, kill), (2, "", 0.3, kill), (80, "testing", 1, kill)
+    end_by_force(tmp_path, 1, *[start] * 4, *[saving, saving, start] * 4, *[report] * 4)
 
 
 def usage(pid: int) -> tuple[int, int]:

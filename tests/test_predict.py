@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import refused, start
+from conftest import few_episodes, refused, start
 from PIL import Image
 
-from experiments import loading, predict, scoring, store, train
+from experiments import loading, predict, store, train
 from mgaug_jax.episodes import normalise
 from mgaug_jax.types import Examples
 
@@ -37,8 +37,7 @@ def trained(tmp_path_factory, glyph_cache):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
-        for name in ("TEST", "VALIDATION", "MEMORY"):
-            patch.setattr(scoring, f"{name}_EPISODES", 6)
+        few_episodes(patch, 6, 6, 6)
         for name, method in (("head", "fomaml(lr=0.1,steps=2)"), ("prototypes", "protonet()")):
             out = f"--out={folder / name}"
             assert start(patch, train, *TINY, f"--method={method}", out) == 0

@@ -110,7 +110,7 @@ def test_designs_say_what_they_lack():
 def test_a_sweep_is_its_single_runs_and_goes_on_where_it_was(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "best of 2 settings by validation" in done.stdout
+    assert "best of 2 settings by validation: LR=0.01," in done.stdout
     assert "4 of 8 members became not finite" in done.stdout
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))

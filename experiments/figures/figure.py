@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, problem, store
+from experiments import cli, plots, problem, store
 from experiments.seeds import over_seeds
 
 WIDTH = 3.3
@@ -70,11 +70,7 @@ def make(
     Raises:
       BadInput: What is asked for cannot be.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = plots.pyplot()
     for flag, value in defaults.items():
         if not FLAGS[flag].present:
             FLAGS.set_default(flag, value)
@@ -94,9 +90,8 @@ def make(
     rows = read(table)
     with plt.rc_context(STYLE):
         drawn = draw(rows)
-        temporary = picture.with_name(picture.name + ".tmp")
-        drawn.savefig(temporary, format="png")
-        temporary.replace(picture)
+        with store.replaced(picture) as temporary:
+            drawn.savefig(temporary, format="png")
         plt.close(drawn)
     print("\n".join([*tell(rows), f"wrote {table} and {picture}"]))
     return 0

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mgaug_jax.checks import check_count, check_function, check_kind
 from mgaug_jax.types import Array, Net, Params, Role
 
 
@@ -25,8 +26,10 @@ def from_functions(
       head: Key of the last layer in `params` ("Dense_1", "head", an index of a list as "2").
 
     Raises:
-      ValueError: No parameter lies under `head`.
+      ValueError: No parameter lies under `head`, or no function is given where one belongs.
     """
+    check_function("init", init, "lambda key: {'w': jax.random.normal(key, (2, 3))}")
+    check_function("apply", apply, "lambda params, x: x @ params['w']")
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Net(init, apply, guess_roles(shapes, head))
 
@@ -43,8 +46,10 @@ def from_linen(module: nn.Module, shape: tuple[int, ...], *, head: str | None = 
       head: Name of the last layer in the parameters ("Dense_1").
 
     Raises:
-      ValueError: No parameter lies under `head`.
+      ValueError: No parameter lies under `head`, or `module` or `shape` is none.
     """
+    check_kind("module", module, nn.Module, "linen.Dense(5)")
+    check_shape("shape", shape)
     return net_of(module, shape, lambda params: guess_roles(params, head))
 
 
@@ -58,9 +63,11 @@ def from_nnx(make: Callable[[Any], Any], *, head: str | None = None) -> Net:
       head: Attribute of the last layer ("linear2").
 
     Raises:
-      ValueError: No parameter lies under `head`.
+      ValueError: No parameter lies under `head`, or `make` is no function.
     """
     from flax import nnx
+
+    check_function("make", make, "lambda rngs: MyModel(rngs=rngs)")
 
     def split(key: Array):
         return nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
@@ -89,11 +96,11 @@ def net_of(
     `by_first(m)` is the same module taking its batch statistics from the first `m` examples. A
     module of `depth` blocks is called as `module(h, first, last)` for some of them.
     """
-    example = jnp.zeros((2, *shape))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), example)
+    start = lambda key: module.init(key, jnp.zeros((2, *shape)))
+    shapes = jax.eval_shape(start, jax.random.key(0))
     rest = {}
     if set(shapes) != {"params"}:
-        made = jax.jit(module.init)(jax.random.key(0), example)
+        made = jax.jit(start)(jax.random.key(0))
         rest = {name: made[name] for name in made if name != "params"}
 
     def call(module: nn.Module, params: Params, x: Array, *blocks: int) -> Any:
@@ -104,13 +111,25 @@ def net_of(
 
     return Net(
         # compiled, since the forward pass that Linen makes to learn the shapes is then left out
-        init=jax.jit(lambda key: module.init(key, example)["params"]),
+        init=jax.jit(lambda key: start(key)["params"]),
         apply=lambda params, x: call(module, params, x),
         roles=roles(shapes["params"]),
         apply_by_first=by_first and (lambda params, x, m: call(by_first(m), params, x)),
         depth=depth,
         part=partial(call, module) if depth else None,
     )
+
+
+def check_shape(name: str, shape: Any, axes: int | None = None) -> None:
+    """Refuses what is not a tuple of sizes, of so many axes if they are given.
+
+    Raises:
+      ValueError: It is not.
+    """
+    if not isinstance(shape, tuple | list) or len(shape) != (axes or len(shape)):
+        raise ValueError(f"{name}={shape!r} must be a tuple of sizes, as in (84, 84, 3).")
+    for size in shape:
+        check_count(f"a size in {name}", size)
 
 
 def guess_roles(params: Params, head: str | None) -> Any:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mgaug_jax.checks import check_count
+from mgaug_jax.checks import check_count, check_function
 from mgaug_jax.nets import lowering
-from mgaug_jax.nets.adapters import net_of
+from mgaug_jax.nets.adapters import check_shape, net_of
 from mgaug_jax.nets.block import block
 from mgaug_jax.nets.layers import BatchNorm, Conv, Dense, normal_fan_out
 from mgaug_jax.types import Array, Net, Role
@@ -159,6 +159,7 @@ def conv4(
     check_count("width", width)
     if way is not None:
         check_count("way", way)
+    check_shape("image", image, 3)
     if min(image[:2]) < 16:
         raise ValueError(
             f"conv4 halves its input four times but the images are {image[0]}x{image[1]}. "
@@ -202,6 +203,8 @@ def _resnet(way, blocks, image, pool, dtype) -> Net:
     _check_dtype(dtype)
     if way is not None:
         check_count("way", way)
+    check_shape("image", image, 3)
+    check_function("pool", pool, "nets.global_mean")
     module = ResNet(way, blocks, pool, dtype)
     return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
 
@@ -224,8 +227,10 @@ def mlp(hidden: tuple[int, ...] = (40, 40), *, inputs: int = 1, outputs: int = 1
     """The regression network of the sinusoid problems: `[n, inputs] -> [n, outputs]`.
 
     Raises:
-      ValueError: `hidden` is not a tuple of positive integers.
+      ValueError: `hidden` is not a tuple of positive integers, or another size is none.
     """
+    check_count("inputs", inputs)
+    check_count("outputs", outputs)
     if not isinstance(hidden, tuple | list):
         raise ValueError(f"hidden={hidden!r} must be a tuple of layer widths, as in (40, 40).")
     for width in hidden:
