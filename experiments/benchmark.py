@@ -22,7 +22,8 @@ methods of the catalogue cost beside FoMAML is measured by `experiments.catalogu
 another beside a batch of them by `experiments.lowering`.
 
 Writes benchmark.json into --out; --scaling writes scaling.csv and scaling.png: time and memory over
-tasks, sub-networks, inner steps, image size and width.
+tasks, sub-networks, inner steps, image size and width, and devices where there are several: a CPU
+is divided into --devices of them.
 """
 
 import importlib.util
@@ -50,6 +51,7 @@ flags.DEFINE_bool("quick", False, "One task in place of four, few workloads and 
 flags.DEFINE_bool("scaling", False, "This library alone, over sizes of the problem.")
 flags.DEFINE_bool("memory", True, "Measures peak memory, each side in a process of its own.")
 flags.DEFINE_bool("check", True, "Compares the meta-gradients in float64 first.")
+flags.DEFINE_integer("devices", 1, "Devices that a CPU is divided into.", lower_bound=1)
 flags.DEFINE_integer("threads", 0, "Processors to use. Default: all that the process may use.")
 flags.DEFINE_integer("repeats", 5, "Quiet turns of each side.")
 flags.DEFINE_float("foreign", 0.08, "Largest share of the processors that others take in a turn.")
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str]) -> int:
         if name not in known:
             raise cli.BadInput(f"{name!r} is no workload here; known: {', '.join(known)}.")
     limit_processors(FLAGS.threads)  # before XLA and OpenMP count them
+    if FLAGS.devices > 1:
+        force = f"--xla_force_host_platform_device_count={FLAGS.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {force}"
     peers = None if FLAGS.scaling else load_peers(FLAGS.peers)
     from experiments import store
     from experiments.bench import scaling

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from experiments.bench.workloads import HIDDEN, LR, OUTER_LR, Problem, tasks, weights
-from mgaug_jax import fomaml, maml, meta, modifiers, nets, protonet, pruning, trainer
+from mgaug_jax import fomaml, maml, meta, modifiers, nets, protonet, pruning, sharding, trainer
 from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.meta import State
 from mgaug_jax.types import Array, Examples, MetaParams, Method, Task, Views
@@ -83,9 +83,13 @@ def compiled(f: Callable[..., Any], *args: Any) -> Contender:
 def contender(problem: Problem) -> Contender:
     """A meta-step with Adam, in float32."""
     params, batch = arrays(problem)
-    train = trainer(method(problem), optax.adam(OUTER_LR))
+    made, place = method(problem), lambda tree: tree
+    if problem.devices > 1:
+        mesh = sharding.mesh(jax.devices()[: problem.devices])
+        made, place = sharding.sharded(mesh)(made), partial(sharding.replicate, mesh=mesh)
+    train = trainer(made, optax.adam(OUTER_LR))
     state = jax.jit(train.init)(jax.random.key(0))._replace(params=params)
-    return compiled(train.step, jax.random.key(1), state, batch)
+    return compiled(train.step, *place((jax.random.key(1), state, batch)))
 
 
 def sweep(problem: Problem) -> Mapping[str, Contender]:

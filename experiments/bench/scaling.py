@@ -1,12 +1,12 @@
 """How the time and memory of a meta-step grow with its problem; part of `experiments.benchmark`."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import plots
+import jax
+
+from experiments import plots, store
 from experiments.bench import ours, turns
 from experiments.bench.workloads import Problem
 from experiments.progress import Progress
@@ -21,6 +21,12 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
 }
 
 
+def axes() -> dict[str, tuple[str, Sequence[int]]]:
+    """What is varied; of several devices also over how many the tasks are spread."""
+    counts = [2**i for i in range(jax.device_count().bit_length())]
+    return AXES | ({"devices": ("devices", counts)} if len(counts) > 1 else {})
+
+
 def at(axis: str, value: int) -> Problem:
     """The base problem with one of its sizes changed."""
     if axis == "image":
@@ -31,10 +37,11 @@ def at(axis: str, value: int) -> Problem:
 def run(folder: Path | None, repeats: int, limit: float) -> int:
     """Measures, prints, and writes scaling.csv and scaling.png where there is a folder."""
     rows: list[dict[str, Any]] = []
-    total = sum(len(values) for _, values in AXES.values())
+    sizes = axes()
+    total = sum(len(values) for _, values in sizes.values())
     progress = Progress("scaling", total, unit="sizes")
     print(f"base: {BASE._asdict()}")
-    for axis, (label, values) in AXES.items():
+    for axis, (label, values) in sizes.items():
         made = {}
         for value in values:
             progress.at(len(rows) + len(made), f"{label} {value}")
@@ -54,13 +61,7 @@ def run(folder: Path | None, repeats: int, limit: float) -> int:
                 flush=True,
             )
     if folder is not None:
-        plots.scaling(
-            rows, {axis: label for axis, (label, _) in AXES.items()}, folder / "scaling.png"
-        )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        (folder / "scaling.csv.tmp").write_text(text.getvalue())
-        (folder / "scaling.csv.tmp").replace(folder / "scaling.csv")
+        labels = {axis: label for axis, (label, _) in sizes.items()}
+        plots.scaling(rows, labels, folder / "scaling.png")
+        store.write_csv(folder / "scaling.csv", rows)
     return 0
