@@ -331,10 +331,10 @@ def test_drop_grad_is_ramped_by_its_spec():
 def test_a_schedule_makes_the_number_of_steps_part_of_the_run(tmp_path, monkeypatch, capsys):
     assert spec.spans_run("fomaml|noise(0.1,'inner','gaussian','unit','linear')")
     assert not spec.spans_run("fomaml(0.1)|noise(0.1,'inner')|cp(0.9,start=3)")
-    method = "--method=fomaml(lr=0.1,steps=1)|noise(0.1,schedule='linear')"
-    folder = f"--out={tmp_path / 'run'}"
-    assert start(monkeypatch, train, *TINY, method, folder, "--steps=2") == 0
-    text = refused(capsys, monkeypatch, train, *TINY, method, folder, "--steps=4", "--resume")
+    run = ["--data=sinusoid", "--net=mlp((4,))", "--shot=2", "--queries=2", "--tasks=2"]
+    run += ["--method=maml(lr=0.1,steps=1)|noise(0.1,schedule='linear')", f"--out={tmp_path / 'x'}"]
+    assert start(monkeypatch, train, *run, "--steps=2") == 0
+    text = refused(capsys, monkeypatch, train, *run, "--steps=4", "--resume")
     assert "--steps is 4 but was 2" in text
 
 

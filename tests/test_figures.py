@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parents[1]
 DRIVER = """
 import contextlib, io, json, sys
@@ -21,8 +22,6 @@ from experiments import cli
 from experiments.figures import figure
 
 from matplotlib import pyplot as plt
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 said = []
 for name, arguments, out in json.loads(sys.stdin.read()):

@@ -45,7 +45,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.parameters(x.shape[-1])
         y = lowering.conv(x, kernel, self.stride, self.size // 2)
-        return y if bias is None else y + bias.astype(y.dtype)
+        return y if bias is None else y + lowering.rounded(bias, y)
 
 
 class BatchNorm(nn.Module):
@@ -67,7 +67,7 @@ class BatchNorm(nn.Module):
         scale, bias = self.parameters(x.shape[-1])
         mean, var = lowering.moments(x, self.first)
         y = (x - mean) * (scale * jax.lax.rsqrt(var + lowering.EPSILON)) + bias
-        return y.astype(x.dtype)
+        return lowering.rounded(y, x)
 
 
 class Dense(nn.Module):

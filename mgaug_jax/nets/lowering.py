@@ -52,6 +52,11 @@ def summed(x: Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def rounded(y: Array, x: Array) -> Array:
+    """`y` in bfloat16 if `x` is, else as it is."""
+    return y.astype(x.dtype) if x.dtype == jnp.bfloat16 else y
+
+
 def fast(x: Array, kernel: tuple[int, ...]) -> bool:
     """Whether Winograd's algorithm is to be used with a kernel of such a shape; its sums and
     differences would lose too much of bfloat16.
@@ -119,7 +124,7 @@ def _norm_relu_pool_fwd(y, scale, bias, first):
     rate = jax.lax.rsqrt(var + EPSILON)
     sign = jnp.sign(scale)
     best = functools.reduce(lambda a, b: jnp.where(sign * b > sign * a, b, a), _windows(y))
-    z = jax.nn.relu((best - mean) * (scale * rate) + bias).astype(y.dtype)
+    z = rounded(jax.nn.relu((best - mean) * (scale * rate) + bias), y)
     return z, (y, best, z, mean, rate, scale)
 
 
@@ -146,7 +151,7 @@ def _norm_relu_pool_bwd(first, residuals, dz):
     through = y * slope - (mean * slope + scale * rate * dbias / count)
     if first is not None:
         through = jnp.where((jnp.arange(n) < first)[:, None, None, None], through, 0)
-    return (inside + through).astype(y.dtype), dscale, dbias
+    return rounded(inside + through, y), dscale, dbias
 
 
 def _grown(x: Array, height: int, width: int) -> Array:
@@ -214,16 +219,13 @@ def _einsum(how: str, a: Array, b: Array) -> Array:
     """As `jnp.einsum`, sums in `summed`."""
     if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)  # XLA has no such product there
-    return jnp.einsum(how, a, b, preferred_element_type=summed(a))
+    return jnp.einsum(how, a, b, preferred_element_type=jnp.result_type(a, b, jnp.float32))
 
 
 def _product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     kh, kw, _, out = kernel.shape
-    kernel = kernel.reshape(-1, out)
-    if x.dtype == jnp.bfloat16:
-        kernel = kernel.astype(x.dtype)
-    taken = patches(x, kh, kw, stride, padding)
-    return _einsum("nhwk,ko->nhwo", taken, kernel).astype(jnp.result_type(x, kernel))
+    taken, kernel = patches(x, kh, kw, stride, padding), rounded(kernel.reshape(-1, out), x)
+    return rounded(_einsum("nhwk,ko->nhwo", taken, kernel), x)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
