@@ -21,9 +21,11 @@ sweep has no peer: it is a batch of configurations beside the same one after ano
 methods of the catalogue cost beside FoMAML is measured by `experiments.catalogue`, one task after
 another beside a batch of them by `experiments.lowering`.
 
+--devices=2 divides a CPU into two, over which the tasks of a meta-step are spread if they share
+them evenly, as `experiments.train --mesh=2` does.
+
 Writes benchmark.json into --out; --scaling writes scaling.csv and scaling.png: time and memory over
-tasks, sub-networks, inner steps, image size and width, and devices where there are several: a CPU
-is divided into --devices of them.
+tasks, sub-networks, inner steps, image size and width, and devices where there are several.
 """
 
 import importlib.util
@@ -80,7 +82,10 @@ def main(arguments: Sequence[str]) -> int:
     if FLAGS.scaling:
         return scaling.run(folder, 3 if FLAGS.quick else FLAGS.repeats, FLAGS.foreign)
     rates = matmul_rates(peers)
+    import jax
+
     table: dict[str, Any] = {
+        "devices": jax.device_count(),
         "versions": {**store.versions(), **(peers.versions() if peers else {})},
         "threads": len(turns.processors()),
         "matmul": rates,

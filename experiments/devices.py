@@ -1,5 +1,7 @@
 """On which devices an entry point computes."""
 
+import os
+
 import jax
 from absl import flags
 from jax.sharding import Mesh
@@ -8,7 +10,25 @@ from experiments.cli import BadInput
 from mgaug_jax import sharding
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("mesh", None, "Spread the work over devices: a number of them, or all.")
+flags.DEFINE_string(
+    "mesh",
+    None,
+    "Spread the work over devices: a number of them, or all. A CPU is divided into that many, at "
+    "most one per core, which makes training faster.",
+)
+
+
+def divide() -> None:
+    """Makes as many devices of the CPU as `--mesh` names; before anything else of JAX. Where
+    XLA_FLAGS says how many there are, or JAX has begun, they stay as they are.
+    """
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if FLAGS.mesh is None or not FLAGS.mesh.isdecimal() or int(FLAGS.mesh) < 2 or given:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", min(int(FLAGS.mesh), os.cpu_count() or 1))
+    except RuntimeError:
+        return
 
 
 def mesh(default: str | None = None) -> Mesh | None:

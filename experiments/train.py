@@ -80,6 +80,7 @@ flags.DEFINE_bool(
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
+    devices.divide()
     processes.join()
     with processes.quiet(), processes.peers(), ExitStack() as held:
         made = processes.together(prepared)

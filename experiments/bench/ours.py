@@ -84,8 +84,10 @@ def contender(problem: Problem) -> Contender:
     """A meta-step with Adam, in float32."""
     params, batch = arrays(problem)
     made, place = method(problem), lambda tree: tree
-    if problem.devices > 1:
-        mesh = sharding.mesh(jax.devices()[: problem.devices])
+    count = jax.device_count()
+    count = problem.devices or (1 if problem.tasks % count else count)
+    if count > 1:
+        mesh = sharding.mesh(jax.devices()[:count])
         made, place = sharding.sharded(mesh)(made), partial(sharding.replicate, mesh=mesh)
     train = trainer(made, optax.adam(OUTER_LR))
     state = jax.jit(train.init)(jax.random.key(0))._replace(params=params)

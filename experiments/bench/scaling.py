@@ -30,8 +30,8 @@ def axes() -> dict[str, tuple[str, Sequence[int]]]:
 def at(axis: str, value: int) -> Problem:
     """The base problem with one of its sizes changed."""
     if axis == "image":
-        return BASE._replace(image=(value, value, 3))
-    return BASE._replace(**{axis: (0.9,) * value if axis == "keeps" else value})
+        return BASE._replace(image=(value, value, 3), devices=1)
+    return BASE._replace(**{"devices": 1, axis: (0.9,) * value if axis == "keeps" else value})
 
 
 def run(folder: Path | None, repeats: int, limit: float) -> int:

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
       keeps: Fraction of its kernels that each sub-network of MGAug-CP keeps; empty: no MGAug.
       width: Channels of Conv-4.
       configurations: Runs trained at once, with inner rates of their own; 0: one run.
-      devices: Over so many the tasks are spread.
+      devices: Over so many the tasks are spread; 0: all there are, if they share them evenly.
     """
 
     algorithm: str
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     keeps: tuple[float, ...] = ()
     width: int = 64
     configurations: int = 0
-    devices: int = 1
+    devices: int = 0
 
 
 LR, OUTER_LR = 0.01, 1e-3
