@@ -847,7 +847,7 @@ def test_memory_and_files_stay_flat_over_a_long_run(tmp_path):
         while process.poll() is None and step() < until:
             if step() >= first + 2000:
                 seen.append(usage(process.pid))
-            time.sleep(0.5)
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.communicate()
         memory, files = np.array(seen).T
