@@ -111,12 +111,10 @@ def meta_gradient(
       more than one column, `accuracy` of the full networks after adaptation, means over tasks;
       and `finite`, whether the losses and gradients of every task's networks are, `bool [T]`.
     """
+    # One split, whatever the method has: adding a part leaves the draws of the others alone.
+    k_inner, k_masks, k_views, k_augment, k_terms = jax.random.split(key, 5)
     if method.augment is not None:
-        key, k_augment = jax.random.split(key)
         tasks = jax.vmap(method.augment)(task_keys(k_augment, tasks), tasks)
-    if method.terms:
-        key, k_terms = jax.random.split(key)
-    k_inner, k_masks, k_views = jax.random.split(key, 3)
     views = method.views
 
     def full_view(params: MetaParams, key: Array, task: Task):

@@ -950,12 +950,20 @@ def test_every_network_sees_the_same_augmented_tasks(x64, reduce):
     if reduce == "views":
         method = pp(keep=1.0, cap=1.0, subnets=2)(method)
     tasks, params = batch(3), params_of(method)
-    rest = lambda: jax.random.split(zero())[0]
-    keys = task_keys(jax.random.split(zero())[1], tasks)
+    keys = task_keys(jax.random.split(zero(), 5)[3], tasks)
     ready = jax.vmap(shuffle_labels()(method).augment)(keys, tasks)
     got = gradient(shuffle_labels()(method), params, tasks)
-    assert_close(got, gradient(method, params, ready, rest()))
-    assert differ(got[0], gradient(method, params, tasks, rest())[0])
+    assert_close(got, gradient(method, params, ready))
+    assert differ(got[0], gradient(method, params, tasks)[0])
+
+
+@pytest.mark.parametrize("change", [rotate_classes, taml.inequality, taml.entropy])
+def test_a_change_of_no_strength_leaves_all_draws_as_they_are(x64, change):
+    """Also those of masks, and also where the strength is traced, as in a sweep."""
+    method = noise(0.1)(pp(keep=0.5, subnets=2)(maml(mlp(), lr=0.5, steps=1)))
+    tasks, params = batch(3), params_of(method)
+    found = jax.jit(lambda rate: gradient(change(rate)(method), params, tasks)[0])(jnp.zeros(()))
+    assert_close(found, gradient(method, params, tasks)[0])
 
 
 # --- composition ----------------------------------------------------------------------------
