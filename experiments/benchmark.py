@@ -15,8 +15,8 @@ steadiest.
 
 Peers: `loop` (plain eager PyTorch, channels last, one task after another), `torch.func` (vmap over
 tasks; sinusoids and small images alone), `higher` and `torchopt` (FoMAML and MAML) where they are
-installed. learn2learn and parallel-metalearn have no adapter and are not compared; the output says
-so. PyTorch comes with `pip install -e '.[bench]'`; --peers= times this library alone. The
+installed. learn2learn, parallel-metalearn and jax-meta have no adapter and are not compared, as the
+output says. PyTorch comes with `pip install -e '.[bench]'`; --peers= times this library alone. The
 sweep has no peer: it is a batch of configurations beside the same one after another. What the
 methods of the catalogue cost beside FoMAML is measured by `experiments.catalogue`, one task after
 another beside a batch of them by `experiments.lowering`.

@@ -6,6 +6,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
+from experiments.bench.turns import processors
 from experiments.cli import BadInput
 from mgaug_jax import sharding
 
@@ -26,7 +27,7 @@ def divide() -> None:
     if FLAGS.mesh is None or not FLAGS.mesh.isdecimal() or int(FLAGS.mesh) < 2 or given:
         return
     try:
-        jax.config.update("jax_num_cpu_devices", min(int(FLAGS.mesh), os.cpu_count() or 1))
+        jax.config.update("jax_num_cpu_devices", min(int(FLAGS.mesh), len(processors())))
     except RuntimeError:
         return
 

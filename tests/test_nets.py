@@ -445,6 +445,10 @@ def test_bfloat16_is_for_products_of_maps_and_nothing_else(monkeypatch, way):
     found = products(jax.make_jaxpr(net.apply)(shapes(net), x).jaxpr)
     head = [] if way is None else [{"float32"}]
     assert found == [{"bfloat16"}] * 12 + head
+    first_order = jax.grad(lambda params: jnp.mean(jnp.square(net.apply(params, x))))
+    found = products(jax.make_jaxpr(first_order)(shapes(net)).jaxpr)
+    assert len(found) > 30
+    assert found.count({"bfloat16"}) == len(found) - 3 * len(head)
     jax.clear_caches()
 
 

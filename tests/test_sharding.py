@@ -180,7 +180,7 @@ def test_a_run_is_the_same_and_each_device_draws_its_own_tasks():
 
 
 @many
-def test_streamed_tasks_lie_on_the_devices_that_train_on_them():
+def test_streamed_tasks_lie_on_the_devices_that_train_on_them(monkeypatch):
     method = mg.fomaml(dense(), lr=0.1, steps=1)
     state = doubled(mg.trainer(method, optax.adam(1e-3)).init(jax.random.key(0)))
     state = state._replace(step=state.step.astype(jnp.int32))
@@ -193,7 +193,13 @@ def test_streamed_tasks_lie_on_the_devices_that_train_on_them():
         learner = mg.trainer(method, optax.adam(1e-3))
         return run(learner, streaming.either(sample), key, state, data, 4)
 
+    read, take = [], streaming.take
+    count = lambda stored, classes, images: (
+        read.append(classes.size) or take(stored, classes, images)
+    )
+    monkeypatch.setattr(streaming, "take", count)
     gathered = streaming.gatherer(sample, stored, mesh)(key, np.arange(4))
+    assert read == [4 * 3] * 8 + [4 * 6] * 8  # every device's own task, support and query
     x = gathered.tasks.query.x
     assert {shard.data.shape for shard in x.addressable_shards} == {(4, 1, 6, 8, 8, 1)}
     spread = jax.jit(partial(training, mg.sharded(mesh)(method)))

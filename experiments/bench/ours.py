@@ -84,9 +84,8 @@ def contender(problem: Problem) -> Contender:
     """A meta-step with Adam, in float32."""
     params, batch = arrays(problem)
     made, place = method(problem), lambda tree: tree
-    count = jax.device_count()
-    count = problem.devices or (1 if problem.tasks % count else count)
-    if count > 1:
+    count = problem.devices or jax.device_count()
+    if count > 1 and problem.tasks % count == 0:
         mesh = sharding.mesh(jax.devices()[:count])
         made, place = sharding.sharded(mesh)(made), partial(sharding.replicate, mesh=mesh)
     train = trainer(made, optax.adam(OUTER_LR))

@@ -246,7 +246,7 @@ PEERS = {
     "torchopt": Peer("torchopt", by_torchopt, _plain),
 }
 
-WITHOUT_ADAPTER = ("learn2learn", "parallel-metalearn")
+WITHOUT_ADAPTER = ("learn2learn", "parallel-metalearn", "jax-meta")
 """Peers of the field that nothing here calls."""
 
 

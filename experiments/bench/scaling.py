@@ -11,7 +11,9 @@ from experiments.bench import ours, turns
 from experiments.bench.workloads import Problem
 from experiments.progress import Progress
 
-BASE = Problem("fomaml", (42, 42, 3), queries=5, tasks=4, width=32, steps=5, keeps=(0.9,) * 3)
+BASE = Problem(
+    "fomaml", (42, 42, 3), queries=5, tasks=4, width=32, steps=5, keeps=(0.9,) * 3, devices=1
+)
 AXES: dict[str, tuple[str, Sequence[int]]] = {
     "tasks": ("tasks T", (1, 2, 4, 8)),
     "keeps": ("sub-networks U", (0, 1, 3, 7)),
@@ -30,8 +32,8 @@ def axes() -> dict[str, tuple[str, Sequence[int]]]:
 def at(axis: str, value: int) -> Problem:
     """The base problem with one of its sizes changed."""
     if axis == "image":
-        return BASE._replace(image=(value, value, 3), devices=1)
-    return BASE._replace(**{"devices": 1, axis: (0.9,) * value if axis == "keeps" else value})
+        return BASE._replace(image=(value, value, 3))
+    return BASE._replace(**{axis: (0.9,) * value if axis == "keeps" else value})
 
 
 def run(folder: Path | None, repeats: int, limit: float) -> int:

@@ -29,8 +29,9 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
         stop = self.depth if stop is None else stop
-        x = x if self.dtype is None else x.astype(self.dtype)
         for i in range(start, stop):
+            if i and self.dtype is not None:  # the first block is computed as its images are
+                x = x.astype(self.dtype)
             # The convolution's bias is a parameter that does nothing: the norm would take it away,
             # and what rounding makes of its gradient.
             kernel, _ = Conv(self.width, name=f"conv{i}").parameters(x.shape[-1])

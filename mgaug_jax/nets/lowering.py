@@ -215,17 +215,17 @@ def patches(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     return jnp.concatenate(taps(padded(x, padding), kh, kw, stride), axis=-1)
 
 
-def _einsum(how: str, a: Array, b: Array) -> Array:
-    """As `jnp.einsum`, sums in `summed`."""
-    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)  # XLA has no such product there
-    return jnp.einsum(how, a, b, preferred_element_type=jnp.result_type(a, b, jnp.float32))
+def _einsum(how: str, a: Array, b: Array, dtype: Any) -> Array:
+    """`jnp.einsum` in some type, sums in float32 or better."""
+    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":  # XLA has no such product there
+        return jnp.einsum(how, a.astype(jnp.float32), b.astype(jnp.float32)).astype(dtype)
+    return jnp.einsum(how, a, b, preferred_element_type=dtype)
 
 
 def _product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     kh, kw, _, out = kernel.shape
     taken, kernel = patches(x, kh, kw, stride, padding), rounded(kernel.reshape(-1, out), x)
-    return rounded(_einsum("nhwk,ko->nhwo", taken, kernel), x)
+    return _einsum("nhwk,ko->nhwo", taken, kernel, jnp.result_type(taken, kernel))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
@@ -255,7 +255,7 @@ def _correlate(x: Array, y: Array, size: int) -> Array:
     def flat(x: Array, y: Array) -> Array:
         # the kernel's transpose, since XLA multiplies `y^T x` faster than `x^T y` on a CPU
         taken = patches(x, size, size, 1, size // 2)
-        return _einsum("nhwo,nhwk->ok", y, taken)
+        return _einsum("nhwo,nhwk->ok", y, taken, jnp.result_type(y, taken, jnp.float32))
 
     return sum_of_some(flat, x, y).T.reshape(shape)
 
