@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_function, check_positive, check_probability
-from mgaug_jax.losses import cross_entropy
+from mgaug_jax.checks import check_function, check_positive, check_probability, known
+from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.types import Array, Method, Modifier, Task
 
 
@@ -41,18 +41,23 @@ def shuffle_labels() -> Modifier:
     "intrashuffle" on fixed groups (Rajendran et al. 2020), mutual exclusion on fixed labels.
 
     Raises:
-      ValueError: (At the first step) the targets are no classes.
+      ValueError: The method's loss is the squared error, or (at the first step) the targets are no
+        classes.
     """
+    none = "Labels were to be shuffled, but these targets are no classes; use shift_targets."
 
     def change(key: Array, task: Task) -> Task:
         if task.support.y.shape[-1] < 2:
-            raise ValueError(
-                "Labels were to be shuffled, but these targets are no classes; use shift_targets."
-            )
+            raise ValueError(none)
         order = jax.random.permutation(key, task.support.y.shape[-1])
         return Task(*(part._replace(y=part.y[:, order]) for part in task))
 
-    return augment(change)
+    def modify(method: Method) -> Method:
+        if method.algorithm(method.net, method.inner).loss is squared_error:
+            raise ValueError(none)
+        return augment(change)(method)
+
+    return modify
 
 
 def shift_targets(width: float | Array = 1.0) -> Modifier:
@@ -87,13 +92,16 @@ def rotate_classes(rate: float | Array) -> Modifier:
     in a task twice, plain and turned, which here it is not.
 
     Args:
-      rate: .25 for mini-ImageNet, .5 for CIFAR-FS; 3/4 makes all four angles alike. May be traced,
-        so that it can grow from 0 as in the source (over 80,000 steps).
+      rate: .25 for mini-ImageNet, .5 for CIFAR-FS; 3/4 makes all four angles alike. 0 leaves the
+        method as it is. May be traced, so that it can grow from 0 as in the source (over 80,000
+        steps).
 
     Raises:
       ValueError: `rate` is outside [0, 1], or (at the first step) the images are not square.
     """
     check_probability("rate", rate, below_one=False)
+    if known(rate) == 0:
+        return lambda method: method
     return augment(lambda key, task: turn_classes(key, task, rate))
 
 

@@ -122,7 +122,7 @@ def pp(*, pruner: Pruner | None = None, **options) -> Modifier:
     """MGAug with random parameter pruning, `pruning.random_parameters()` unless `pruner` is given;
     the rest as in `mgaug`.
     """
-    return mgaug(pruner or pruning.random_parameters(), **options)
+    return mgaug(pruning.random_parameters() if pruner is None else pruner, **options)
 
 
 def wp(**options) -> Modifier:

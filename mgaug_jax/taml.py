@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mgaug_jax.checks import check_function, check_rate, known
+from mgaug_jax.losses import squared_error
 from mgaug_jax.types import Array, Learner, MetaParams, Method, Modifier, Task, Term
 
 Index = Callable[[Array], Array]
@@ -107,18 +108,19 @@ def entropy(weight: float | Array) -> Modifier:
     the query predictions in nats.
 
     Raises:
-      ValueError: `weight` is negative or not a number, the method has no inner steps, or (at the
-        first step) its outputs are no classes.
+      ValueError: `weight` is negative or not a number, the method has no inner steps, or its loss
+        is the squared error or (at the first step) its outputs are no classes.
     """
+    none = (
+        "The entropy of predictions was asked for, but these outputs are no classes; use the "
+        "inequality form of TAML."
+    )
 
     def measure(key: Array, learner: Learner, params: MetaParams, task: Task) -> Array:
         def of(fast: Any) -> Array:
             outputs = learner.predict(fast, task.query.x)
             if outputs.shape[-1] < 2:
-                raise ValueError(
-                    "The entropy of predictions was asked for, but these outputs are no classes; "
-                    "use the inequality form of TAML."
-                )
+                raise ValueError(none)
             log_p = jax.nn.log_softmax(outputs)
             return -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
 
@@ -128,7 +130,10 @@ def entropy(weight: float | Array) -> Modifier:
     add = _term(weight, measure, jnp.mean)
 
     def modify(method: Method) -> Method:
-        if method.algorithm(method.net, method.inner).path is None:
+        learner = method.algorithm(method.net, method.inner)
+        if learner.loss is squared_error:
+            raise ValueError(none)
+        if learner.path is None:
             raise ValueError(
                 "TAML by entropy compares predictions before and after the inner loop, but "
                 "protonet has none; use the inequality form, or maml."
