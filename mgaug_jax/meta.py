@@ -107,9 +107,9 @@ def meta_gradient(
         choice between branches that is vmapped computes them all.
 
     Returns:
-      The gradient, and the step's info: `loss`, the objective (without what an outer rule adds to the
-      gradient alone, as L2 and MR-MAML(W)'s divergence); `query_loss` and, where `y` has
-      more than one column, `accuracy` of the full networks after adaptation, means over tasks;
+      The gradient, and the step's info: `loss`, the objective (without what an outer rule adds to
+      the gradient alone: L2, MR-MAML(W)'s divergence); `query_loss` and, where `y` has more than
+      one column, `accuracy` of the full networks after adaptation, means over tasks;
       and `finite`, whether the losses and gradients of every task's networks are, `bool [T]`.
     """
     # One split, whatever the method has: adding a part leaves the draws of the others alone.
