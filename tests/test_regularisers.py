@@ -771,7 +771,7 @@ def test_mr_activations_equals_its_equation(x64, net):
     )
     params = params._replace(extra={"code": code})
     layers, losses = (code["mean"], code["scale"]), []
-    k_inner, *_ = jax.random.split(jax.random.split(zero())[0], 3)
+    k_inner = jax.random.split(zero(), 5)[0]
     for key, i in zip(task_keys(k_inner, tasks), range(2), strict=True):
         task, codes, cost = row(tasks, i), [], None
         _, *keys = jax.random.split(key, 3)
