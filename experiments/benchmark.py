@@ -21,6 +21,9 @@ sweep has no peer: it is a batch of configurations beside the same one after ano
 methods of the catalogue cost beside FoMAML is measured by `experiments.catalogue`, one task after
 another beside a batch of them by `experiments.lowering`.
 
+Workloads in bfloat16 have this library's maps and products in it, beside its own and the peers'
+float32.
+
 --devices=2 divides a CPU into two, over which the tasks of a meta-step are spread if they share
 them evenly, as `experiments.train --mesh=2` does.
 
@@ -71,9 +74,9 @@ def main(arguments: Sequence[str]) -> int:
         if name not in known:
             raise cli.BadInput(f"{name!r} is no workload here; known: {', '.join(known)}.")
     limit_processors(FLAGS.threads)  # before XLA and OpenMP count them
-    if FLAGS.devices > 1:
-        force = f"--xla_force_host_platform_device_count={FLAGS.devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {force}"
+    from experiments import devices
+
+    devices.divide(str(FLAGS.devices))
     peers = None if FLAGS.scaling else load_peers(FLAGS.peers)
     from experiments import store
     from experiments.bench import scaling
@@ -180,6 +183,8 @@ def measured(name: str, problem: Problem, peers, peak: float) -> dict[str, Any]:
     else:
         others = chosen(problem, peers) if peers else []
         made = {"ours": ours.contender(problem)}
+        if problem.dtype is not None:
+            made["ours, float32"] = ours.contender(problem._replace(dtype=None))
     memory = {}
     if FLAGS.memory and not FLAGS.quick:
         memory = {side: peak_memory(side, name) for side in (*made, *others)}
@@ -236,7 +241,8 @@ def differences(problem: Problem, others: Sequence[str], peers) -> dict[str, flo
 def peak_memory(side: str, name: str) -> dict[str, int] | None:
     """By `experiments.bench.peak`; None if its process died, for want of memory perhaps."""
     command = [sys.executable, "-m", "experiments.bench.peak", side, name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(FLAGS.devices)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

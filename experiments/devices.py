@@ -1,6 +1,7 @@
 """On which devices an entry point computes."""
 
 import os
+from contextlib import suppress
 
 import jax
 from absl import flags
@@ -19,17 +20,15 @@ flags.DEFINE_string(
 )
 
 
-def divide() -> None:
-    """Makes as many devices of the CPU as `--mesh` names; before anything else of JAX. Where
-    XLA_FLAGS says how many there are, or JAX has begun, they stay as they are.
+def divide(asked: str | None) -> None:
+    """Makes so many devices of the CPU, at most one per core, if `asked` is a number; before
+    anything else of JAX. Where XLA_FLAGS says how many there are, they stay as they are.
     """
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if FLAGS.mesh is None or not FLAGS.mesh.isdecimal() or int(FLAGS.mesh) < 2 or given:
+    if asked is None or not asked.isdecimal() or given:
         return
-    try:
-        jax.config.update("jax_num_cpu_devices", min(int(FLAGS.mesh), len(processors())))
-    except RuntimeError:
-        return
+    with suppress(RuntimeError):  # JAX has begun
+        jax.config.update("jax_num_cpu_devices", max(1, min(int(asked), len(processors()))))
 
 
 def mesh(default: str | None = None) -> Mesh | None:

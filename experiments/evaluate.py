@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         "digest": made.digests.get("test"),
         "metric": made.metric,
         "best_step": int(saved.best_step),
-        "interval": f"{FLAGS.ci_z:g} standard errors, of means of {FLAGS.ci_group}",
+        "interval": f"{FLAGS.ci_z:g} standard errors of means of {FLAGS.ci_group} episodes",
         **found,
         "chance": chance,
     }

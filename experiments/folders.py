@@ -6,7 +6,7 @@ All entry points share this; it holds no flags.
 import re
 from pathlib import Path
 
-from experiments import runs, store
+from experiments import metrics, runs, store
 from experiments.cli import BadInput
 from mgaug_jax import checkpoint
 
@@ -73,7 +73,7 @@ def begin(made: runs.Setup, folder: Path, fresh: runs.Saved) -> runs.Saved:
                 f"{folder} holds results but its checkpoints are gone; restore them, or choose "
                 "another --out."
             )
-        if store.read_records(folder):
+        if metrics.read(folder):
             print("no checkpoint was saved yet: beginning at step 0")
             (folder / "metrics.jsonl").replace(folder / "metrics.jsonl.old")
         return fresh
@@ -81,7 +81,7 @@ def begin(made: runs.Setup, folder: Path, fresh: runs.Saved) -> runs.Saved:
     done = int(saved.state.step)
     if done > made.config.steps:
         raise BadInput(f"{folder} is at step {done} already; give --steps={done} or more.")
-    records = [record for record in store.read_records(folder) if record["step"] <= done]
-    store.write_records(folder, records)
+    records = [record for record in metrics.read(folder) if record["step"] <= done]
+    metrics.write(folder, records)
     print(f"resumed at step {done}")
     return saved

@@ -1,4 +1,4 @@
-"""The folders that entry points write: configurations, records, checkpoints, scores.
+"""The folders that entry points write: configurations, checkpoints, scores, tables.
 
 Whatever is written is written whole or not at all.
 """
@@ -8,9 +8,8 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +186,12 @@ def _same_data(before: dict[str, str], made: runs.Setup, where: Path) -> None:
         )
 
 
-def _finite(record: Any) -> Any:
+def finite(record: Any) -> Any:
     """The record with null for what JSON cannot hold, NaN and infinities."""
     if isinstance(record, dict):
-        return {name: _finite(value) for name, value in record.items()}
+        return {name: finite(value) for name, value in record.items()}
     if isinstance(record, list | tuple):
-        return [_finite(value) for value in record]
+        return [finite(value) for value in record]
     return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
@@ -210,7 +209,7 @@ def replaced(path: Path) -> Iterator[Path]:
 def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
     with replaced(path) as temporary:
-        temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
+        temporary.write_text(json.dumps(finite(record), indent=2) + "\n")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -278,85 +277,3 @@ def restore(made: runs.Setup, folder: Path, resume: bool = False) -> runs.Saved:
         if other:
             print(f"note: not bit-exact to what came before: {', '.join(other)}")
     return found.tree
-
-
-class Records:
-    """`metrics.jsonl`, appended to line by line, and TensorBoard's where it is installed.
-
-    What cannot be written (the disk is full) is said once, and the run goes on. Without a folder
-    nothing is.
-    """
-
-    def __init__(self, folder: Path | None, done: int = 0):
-        self.failed = False
-        self.log = self.board = None
-        if folder is not None:
-            self.log = (folder / "metrics.jsonl").open("a")
-            with suppress(ImportError):
-                self.board = Board(folder / "tensorboard", done)
-
-    def add(self, *records: dict[str, Any]) -> None:
-        if self.log is None:
-            return
-        try:
-            self.log.write("".join(json.dumps(_finite(record)) + "\n" for record in records))
-            self.log.flush()
-            if self.board is not None:
-                self.board.add(*records)
-        except OSError as error:
-            if not self.failed:
-                print(f"warning: {self.log.name} cannot be written: {error.strerror}", flush=True)
-            self.failed = True
-
-    def __enter__(self) -> "Records":
-        return self
-
-    def __exit__(self, *error) -> None:
-        for file in filter(None, (self.log, self.board)):
-            with suppress(OSError):
-                file.close()
-
-
-class Board:
-    """Scalars for TensorBoard, written at once: the usual writer hands them to its own thread, and
-    waits for it for ever when that has met a full disk.
-    """
-
-    def __init__(self, folder: Path, done: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        folder.mkdir(exist_ok=True)
-        self.file = EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)  # what was recorded of later steps is void
-        self.file.write_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
-
-    def add(self, *records: dict[str, Any]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        for record in records:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, float):
-                    event = Event(wall_time=time.time(), step=record["step"])
-                    event.summary.CopyFrom(scalar(name, value))
-                    self.file.write_event(event)
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of `metrics.jsonl`; a kill may have cut the last one short."""
-    records = []
-    with suppress(FileNotFoundError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
-
-
-def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
-    with replaced(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -65,7 +65,7 @@ flags.DEFINE_string("out", None, "Folder to write to.")
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    devices.divide()
+    devices.divide(FLAGS.mesh)
     problem.adopt_protocol()
     if FLAGS.method is None:
         raise cli.BadInput("--method is missing; --help shows an example.")

@@ -9,7 +9,8 @@ modifiers (wp, pp, cp, noise, drop_grad, ...): README's table has them all with 
 `experiments.catalogue --list` those of the published tables. The defaults run MGAug-CP on glyphs,
 5-way 1-shot.
 
---mesh=all spreads the tasks over the devices of this machine, --distributed over several hosts;
+--mesh=all spreads the tasks over the devices of this machine (--mesh=2 makes two of a CPU, which is
+faster than one), --distributed over several hosts;
 --skip_nonfinite=N leaves out up to N updates that are not finite.
 
 A run folder holds config.json, metrics.jsonl, checkpoints/ (the state, and the best parameters on
@@ -39,6 +40,7 @@ from experiments import (
     devices,
     folders,
     loading,
+    metrics,
     plots,
     problem,
     processes,
@@ -80,7 +82,7 @@ flags.DEFINE_bool(
 
 def main(arguments: Sequence[str]) -> int:
     del arguments
-    devices.divide()
+    devices.divide(FLAGS.mesh)
     processes.join()
     with processes.quiet(), processes.peers(), ExitStack() as held:
         made = processes.together(prepared)
@@ -190,7 +192,7 @@ def train(
     failures, on_disk = 0, done or None  # of step 0 nothing is
     stopping, size = processes.agree(stop.requested, 1)
     feed = streaming.feed(made.sample, made.splits["train"], key, config.steps, CHUNK, made.mesh)
-    with store.Records(folder if processes.first() else None, done) as records, feed as at:
+    with metrics.Records(folder if processes.first() else None, done) as records, feed as at:
         while done < config.steps and not stopping:
             to_evaluation = config.eval_every - done % config.eval_every
             data, end = at(done)
@@ -241,7 +243,7 @@ def train(
         )
 
 
-def record_steps(records: store.Records, done: int, steps: list[meta.Info]) -> list[str]:
+def record_steps(records: metrics.Records, done: int, steps: list[meta.Info]) -> list[str]:
     """Records what steps say of themselves, and returns what was not finite, in words."""
     skipped, rows = [], []
     for number, step in enumerate(steps, done + 1):
@@ -350,7 +352,7 @@ def report(
         return results
     store.save_episodes(folder, scores, identity)
     store.write_json(folder / "results.json", results)
-    plots.curves(store.read_records(folder), results, folder / "curves.png")
+    plots.curves(metrics.read(folder), results, folder / "curves.png")
     print(f"wrote {folder / 'results.json'}, episodes.npz and curves.png")
     return results
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mgaug_jax.checks import check_count
+from mgaug_jax.data.trees import sha256
 
 FORMAT = 3
 """Of the checkpoints written."""
@@ -87,7 +88,7 @@ def save(
             arrays = dict(zip(_names(leaves), leaves, strict=True))
             checkpointer.save(new / "state", args=ocp.args.StandardSave(arrays))
         files = sorted(path for path in new.rglob("*") if path.is_file())
-        about["files"] = {path.relative_to(new).as_posix(): _sha256(path) for path in files}
+        about["files"] = {path.relative_to(new).as_posix(): sha256(path) for path in files}
         about["own_digest"] = _digest([], about)
         (new / f"{ABOUT}.tmp").write_text(json.dumps(about))
         (new / f"{ABOUT}.tmp").replace(new / ABOUT)
@@ -201,7 +202,7 @@ def _read(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     for name, digest in about.pop("files").items():
         if not (path / name).exists():
             raise CheckpointError(f"{name} is missing")
-        if _sha256(path / name) != digest:
+        if sha256(path / name) != digest:
             raise CheckpointError(f"{name} is not what was saved (the digest differs)")
     if about["leaves"] != _kinds(shapes):
         raise OtherError(
@@ -229,7 +230,7 @@ def _about(path: Path) -> dict[str, Any]:
     """
     if (path / "about").is_dir():
         raise OtherError(
-            "it has format 2, which only development versions before 2026-11-27 wrote and read"
+            "it has format 2, which only development versions before 2026-11-26 wrote and read"
         )
     if not (path / ABOUT).exists():
         raise CheckpointError(f"{ABOUT} is missing")
@@ -273,8 +274,3 @@ def _digest(leaves: list[np.ndarray], about: Mapping[str, Any]) -> str:
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

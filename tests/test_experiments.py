@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from conftest import few_episodes, refused, start
 
-from experiments import cli, compare, evaluate, loading, spec, store, train, vocabulary
+from experiments import cli, compare, evaluate, loading, metrics, spec, store, train, vocabulary
 from mgaug_jax import losses, nets
 from mgaug_jax.data import pixels
 
@@ -86,7 +86,7 @@ def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, monkeypatch, c
     resumed, whole = final_state(folder), final_state(finished)
     assert resumed.state.step == whole.state.step == 4
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    records = lambda folder: [r for r in store.read_records(folder) if "val_accuracy" in r]
+    records = lambda folder: [r for r in metrics.read(folder) if "val_accuracy" in r]
     assert [record["step"] for record in records(folder)] == [2, 3, 4]
     assert records(folder)[-1] == records(finished)[-1]
 
@@ -176,7 +176,7 @@ def test_regression_run(tmp_path, monkeypatch, capsys):
     assert results["adapted"]["mean"] > 0
     assert results["train"]["mean"] > 0
     assert "label_memory" not in results  # an amplitude and a phase name no task
-    records = store.read_records(tmp_path / "run")
+    records = metrics.read(tmp_path / "run")
     assert {"val_mse", "train_mse", "train_step0"} <= set(records[-1])
 
 

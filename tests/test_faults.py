@@ -25,7 +25,7 @@ import optax
 import pytest
 from conftest import few_episodes, make_tasks, refused, start
 
-from experiments import cli, evaluate, loading, plots, runs, scoring, store, train
+from experiments import cli, evaluate, loading, metrics, plots, runs, scoring, store, train
 from mgaug_jax import checkpoint, loops, maml, meta, nets, tasks_at_once, trainer
 from mgaug_jax.loops import advance
 from mgaug_jax.losses import squared_error
@@ -369,7 +369,7 @@ def whole(tmp_path_factory):
 
 def assert_same_run(one: Path, other: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, state_of(one), state_of(other))
-    assert store.read_records(one) == store.read_records(other)
+    assert metrics.read(one) == metrics.read(other)
 
 
 class StopAfter(cli.Interruption):
@@ -422,7 +422,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_done(tmp_path, mon
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_cadences_do_not_change_the_run(chunk, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "chunk_size", lambda seconds: chunk)
-    monkeypatch.setattr(store.Records, "add", lambda self, *records: None)
+    monkeypatch.setattr(metrics.Records, "add", lambda self, *records: None)
     monkeypatch.setattr(plots, "curves", lambda *arguments: None)
     folder = tmp_path / "run"
     assert start(monkeypatch, train, *SINES, "--steps=12", "--eval_every=6", f"--out={folder}") == 0
@@ -446,7 +446,7 @@ def test_a_run_with_damaged_checkpoints_alone_is_not_begun_anew(
     assert len(list((folder / "checkpoints").glob("*.corrupt"))) == 2
     shutil.rmtree(folder / "checkpoints")
     assert "checkpoints are gone" in refused(capsys, monkeypatch, train, *arguments)
-    assert len(store.read_records(folder)) == len(store.read_records(whole))
+    assert len(metrics.read(folder)) == len(metrics.read(whole))
 
 
 def test_a_run_killed_before_its_first_checkpoint_says_that_it_begins_anew(
@@ -611,7 +611,7 @@ def test_skipped_updates_are_counted_and_end_the_run_when_they_are_too_many(
     assert "of step 6 is not finite, after 1 that were left out; the state of step" in errors[1]
     results = json.loads((tmp_path / "2" / "results.json").read_text())
     assert state_of(tmp_path / "2").skipped == results["skipped"] == 2
-    records = store.read_records(tmp_path / "2")
+    records = metrics.read(tmp_path / "2")
     assert [r["step"] for r in records if "skipped" in r] == [3, 6]
     # the state is on disk already: nothing is written, nor can writing fail
     with monkeypatch.context() as patch:
@@ -639,7 +639,7 @@ def test_a_validation_that_is_not_finite_is_recorded_and_never_the_best(tmp_path
 
     monkeypatch.setattr(scoring, "summary", summary)
     assert start(monkeypatch, train, *SINES, "--steps=4", "--eval_every=2", f"--out={folder}") == 0
-    records = [r for r in store.read_records(folder) if "val_mse" in r]
+    records = [r for r in metrics.read(folder) if "val_mse" in r]
     assert [r["val_mse"] for r in records] == [None, None]
     assert state_of(folder).best_step == 0
     assert checkpoint.steps(folder / "checkpoints") == [2, 4]
@@ -742,7 +742,7 @@ def test_a_signal_saves_and_ends_with_75(number, tmp_path, monkeypatch, capsys):
     assert process.returncode == 75, (out, err)
     step = int(re.search(r"interrupted: saved at step (\d+); go on with", err)[1])
     assert checkpoint.steps(folder / "checkpoints")[-1] == step
-    assert len([r for r in store.read_records(folder) if "loss" in r]) == step
+    assert len([r for r in metrics.read(folder) if "loss" in r]) == step
     assert state_of(folder).state.step == step
 
 
@@ -855,5 +855,5 @@ def test_memory_and_files_stay_flat_over_a_long_run(tmp_path):
         assert late.mean() < 1.02 * early.mean()
         assert idle[0] == idle[1]
     finish(launch(folder, *arguments))
-    steps = [r["step"] for r in store.read_records(folder) if "loss" in r]
+    steps = [r["step"] for r in metrics.read(folder) if "loss" in r]
     assert steps == list(range(1, 20_001))

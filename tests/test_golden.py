@@ -65,7 +65,7 @@ NAMES += [f"maml-cp-{change}" for change in (*CHANGES, "feedback")]
 
 
 def net(way):
-    return net_of(ConvNet(way, 6, 1, dtype=None), (8, 8, 1), conv_roles)
+    return net_of(ConvNet(way, 6, 1), (8, 8, 1), conv_roles)
 
 
 def measure(name: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ LINEAR = nets.from_functions(lambda key: jnp.zeros((3, 1)), lambda theta, x: x @
 
 
 def tiny_conv(way=3, depth=1, width=3):
-    return net_of(ConvNet(way, width, depth, dtype=None), (8, 8, 1), conv_roles)
+    return net_of(ConvNet(way, width, depth), (8, 8, 1), conv_roles)
 
 
 def randomised(net, scale=0.5):

@@ -45,7 +45,7 @@ def mlp_of_images(outputs=3):
 
 
 def tiny_conv(way=3, image=8):
-    return net_of(ConvNet(way, 4, 1, dtype=None), (image, image, 1), conv_roles)
+    return net_of(ConvNet(way, 4, 1), (image, image, 1), conv_roles)
 
 
 def problem(net, tasks=2, image=8, seed=1):

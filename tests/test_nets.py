@@ -428,11 +428,20 @@ def products(jaxpr):
     return found
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Programs are traced as for a GPU, and nothing that was traced otherwise is used again."""
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("way", [3, None])
-def test_bfloat16_is_for_products_of_maps_and_nothing_else(monkeypatch, way):
-    """As traced for a GPU; on a CPU kernels and maps are rounded as well, but then widened."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jax.clear_caches()  # of what was traced for a CPU
+def test_bfloat16_is_for_products_of_maps_and_nothing_else(way):
+    """On a CPU kernels and maps are rounded as well, but then widened."""
     net = nets.resnet10(way, image=(32, 32, 3), dtype=jnp.bfloat16)
 
     def loss(params, x):
@@ -449,7 +458,6 @@ def test_bfloat16_is_for_products_of_maps_and_nothing_else(monkeypatch, way):
     found = products(jax.make_jaxpr(first_order)(shapes(net)).jaxpr)
     assert len(found) > 30
     assert found.count({"bfloat16"}) == len(found) - 3 * len(head)
-    jax.clear_caches()
 
 
 def test_bfloat16_is_near_float32(key):

@@ -75,7 +75,7 @@ def adapted(method, key, params, task):
 
 
 def tiny(way=3):
-    return net_of(ConvNet(way, 4, 1, dtype=None), (8, 8, 1), conv_roles)
+    return net_of(ConvNet(way, 4, 1), (8, 8, 1), conv_roles)
 
 
 def mlp(outputs=3):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import loading, runs, store
+from experiments import loading, metrics, runs, store
 from mgaug_jax import checkpoint
 
 HEARTBEAT = 10
@@ -79,10 +79,10 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert codes == [0, 0, 0], said(both, 0) + said(both, 1) + said(alone, 0)
     assert_close(saved(both), saved(alone))
     keys = ("step", "loss", "val_mse")
-    for a, b in zip(store.read_records(both), store.read_records(alone), strict=True):
+    for a, b in zip(metrics.read(both), metrics.read(alone), strict=True):
         for key in a.keys() & set(keys):
             np.testing.assert_allclose(a[key], b[key], rtol=1e-6)
-    assert len(store.read_records(both)) == 12  # of one process
+    assert len(metrics.read(both)) == 12  # of one process
     assert "after adaptation" in said(both, 0)
     assert "after adaptation" not in said(both, 1)
 

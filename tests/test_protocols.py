@@ -56,7 +56,7 @@ def test_every_protocol_builds(name):
 
 
 def test_every_published_table_has_its_protocols():
-    """methods.md 18: rows and columns that need data, ways or episodes of their own."""
+    """Rows and columns of tables that need data, ways or episodes of their own."""
     names = {
         *(f"{paper}-{data}-{shot}shot" for paper in ("mr-maml", "metamix")
           for data in ("omniglot", "mini") for shot in (1, 5)),

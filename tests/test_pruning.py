@@ -14,7 +14,7 @@ from mgaug_jax.types import Probe, Role
 pytestmark = pytest.mark.usefixtures("quick_compile")
 RULES = {"released": pruning.released, "exact": pruning.exact}
 SIZES = (1728, 36864)
-# methods.md 2.5: k = int(n (1 - keep)) of the two layer sizes of Conv-4
+# the released code: k = int(n (1 - keep)) of the two layer sizes of Conv-4
 COUNTS = {
     0.999: (1, 36),
     0.99: (17, 368),

@@ -72,7 +72,7 @@ def mlp(outputs=3, hidden=(6, 5)):
 
 
 def conv(way=3):
-    return net_of(ConvNet(way, 4, 2, dtype=None), (8, 8, 1), conv_roles, depth=2)
+    return net_of(ConvNet(way, 4, 2), (8, 8, 1), conv_roles, depth=2)
 
 
 def floats(tree):

@@ -15,6 +15,7 @@ from conftest import make_tasks
 from jax.sharding import AxisType
 
 import mgaug_jax as mg
+from experiments.bench import ours, workloads
 from mgaug_jax import nets, perturb, sharding, sweeps, taml
 from mgaug_jax.data import sinusoid, streaming
 from mgaug_jax.loops import run
@@ -257,6 +258,15 @@ def test_tasks_at_once_change_nothing(at_once):
     parts = jax.jit(partial(meta_gradient, method._replace(at_once=at_once)))
     whole = jax.jit(partial(meta_gradient, method))
     assert_close(parts(*arguments), whole(jax.random.key(2), *arguments[1:]))
+
+
+@many
+def test_a_workload_of_the_benchmark_is_the_same():
+    problem = workloads.PROTONET._replace(image=(16, 16, 1), width=4, tasks=8, queries=2)
+    steps = [ours.contender(problem._replace(devices=n)).step() for n in (1, 4, 0)]
+    assert [len(state.step.sharding.device_set) for state, _ in steps] == [1, 4, 8]
+    for state, _ in steps[1:]:
+        assert_close(state.params, steps[0][0].params)
 
 
 @many

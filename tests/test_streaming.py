@@ -12,8 +12,8 @@ import optax
 import pytest
 from conftest import start
 
-from experiments import evaluate, loading, runs, scoring, store, train
-from mgaug_jax import episodes, loops, nets, protonet, sampler, sharding, trainer
+from experiments import evaluate, loading, metrics, runs, scoring, store, train
+from mgaug_jax import episodes, loops, nets, protonet, sampler, trainer
 from mgaug_jax.data import load, on_disk, streaming
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -81,12 +81,6 @@ def test_a_number_that_was_not_gathered_gives_nan_not_another_task(stored):
         task = streaming.look_up(k_sample, gathered)
         assert np.isfinite(task.query.x).all() == known
         assert np.isnan(task.query.x).all() != known
-
-
-def test_tasks_gathered_for_a_mesh_are_the_same(stored):
-    sample, key, numbers = sampler(3, 2, 2, 4), jax.random.key(7), np.arange(3)
-    whole = streaming.gatherer(sample, stored)(key, numbers)
-    equal(streaming.gatherer(sample, stored, sharding.mesh())(key, numbers), whole)
 
 
 def test_places_are_exact_up_to_the_largest_sets():
@@ -252,7 +246,7 @@ def everything(folder):
         scores = {name: episodes[name].tolist() for name in episodes.files}
     state = store.restore(loading.setup(store.read_config(folder)), folder)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-    return results, scores, store.read_records(folder), leaves
+    return results, scores, metrics.read(folder), leaves
 
 
 @pytest.mark.parametrize("turned", [(), ("train",), ("val", "test")])

@@ -1,5 +1,6 @@
 """This library's side of `experiments.benchmark`."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,7 +38,8 @@ def method(problem: Problem, lr: float | Array = LR) -> Method:
         net = nets.mlp(HIDDEN)
     else:
         way = None if problem.algorithm == "protonet" else problem.way
-        net = nets.conv4(way, width=problem.width, image=problem.image)
+        dtype = jnp.dtype(problem.dtype) if problem.dtype else None
+        net = nets.conv4(way, width=problem.width, image=problem.image, dtype=dtype)
     if problem.algorithm == "protonet":
         made = protonet(net)
     else:
@@ -65,7 +67,7 @@ def arrays(problem: Problem) -> tuple[MetaParams, Task]:
 def gradient(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
     """The meta-gradient in float64, for comparison."""
     with jax.enable_x64(True):
-        step = jax.jit(partial(meta.meta_gradient, method(problem)))
+        step = jax.jit(partial(meta.meta_gradient, method(problem._replace(dtype=None))))
         grads, _ = step(jax.random.key(0), *arrays(problem))
         return jax.tree.map(np.asarray, grads.net)
 
@@ -81,11 +83,11 @@ def compiled(f: Callable[..., Any], *args: Any) -> Contender:
 
 
 def contender(problem: Problem) -> Contender:
-    """A meta-step with Adam, in float32."""
+    """A meta-step with Adam, in float32 or what the problem says."""
     params, batch = arrays(problem)
     made, place = method(problem), lambda tree: tree
-    count = problem.devices or jax.device_count()
-    if count > 1 and problem.tasks % count == 0:
+    count = problem.devices or math.gcd(problem.tasks, jax.device_count())
+    if count > 1:
         mesh = sharding.mesh(jax.devices()[:count])
         made, place = sharding.sharded(mesh)(made), partial(sharding.replicate, mesh=mesh)
     train = trainer(made, optax.adam(OUTER_LR))

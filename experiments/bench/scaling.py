@@ -24,8 +24,8 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
 
 
 def axes() -> dict[str, tuple[str, Sequence[int]]]:
-    """What is varied; of several devices also over how many the tasks are spread."""
-    counts = [2**i for i in range(jax.device_count().bit_length())]
+    """What is varied; of several devices also over how many the tasks are spread, evenly."""
+    counts = [n for n in range(1, jax.device_count() + 1) if BASE.tasks % n == 0]
     return AXES | ({"devices": ("devices", counts)} if len(counts) > 1 else {})
 
 

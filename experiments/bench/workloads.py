@@ -25,7 +25,8 @@ class Problem(NamedTuple):
       keeps: Fraction of its kernels that each sub-network of MGAug-CP keeps; empty: no MGAug.
       width: Channels of Conv-4.
       configurations: Runs trained at once, with inner rates of their own; 0: one run.
-      devices: Over so many the tasks are spread; 0: all there are, if they share them evenly.
+      dtype: "bfloat16" for this library's maps and products; None: float32.
+      devices: Over so many the tasks are spread; 0: over as many as share them evenly.
     """
 
     algorithm: str
@@ -38,6 +39,7 @@ class Problem(NamedTuple):
     keeps: tuple[float, ...] = ()
     width: int = 64
     configurations: int = 0
+    dtype: str | None = None
     devices: int = 0
 
 
@@ -55,6 +57,8 @@ PROBLEMS = {
     "protonet-mgaug-84-1shot": PROTONET._replace(keeps=KEEPS),
     "protonet-mgaug-84-5shot": PROTONET._replace(keeps=KEEPS, shot=5),
     "fomaml-omniglot-20way": FOMAML._replace(image=(28, 28, 1), way=20),
+    "fomaml-84-1shot-bfloat16": FOMAML._replace(dtype="bfloat16"),
+    "fomaml-mgaug-84-1shot-bfloat16": FOMAML._replace(keeps=KEEPS, dtype="bfloat16"),
     "maml-sinusoid": SINUSOID,
     "sweep-sinusoid": SINUSOID._replace(configurations=8),
 }
