@@ -62,7 +62,7 @@ flags.DEFINE_integer("repeats", 5, "Quiet turns of each side.")
 flags.DEFINE_float("foreign", 0.08, "Largest share of the processors that others take in a turn.")
 flags.DEFINE_float("peak_f32", None, "TFLOP/s of float32 to compare with. Default: measured.")
 flags.DEFINE_float("peak_bf16", None, "TFLOP/s of bfloat16 to compare with as well.")
-flags.DEFINE_string("out", None, "Folder to write to.")
+flags.DEFINE_string("out", None, "Folder to write to.", allow_override=True)
 
 
 def main(arguments: Sequence[str]) -> int:
