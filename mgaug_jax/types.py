@@ -72,6 +72,7 @@ class Net(NamedTuple):
       depth: Number of blocks; 0 for a network that names none.
       part: `(params, h, first, last) -> h`, the blocks from `first` up to, not including, `last`,
         one at least: `part(params, x, 0, depth)` is `apply`; None for a network that names none.
+      lowering: How it computes (`nets.Lowering`); None: as is fastest on the backend.
     """
 
     init: Callable[[Array], Params]
@@ -81,6 +82,7 @@ class Net(NamedTuple):
     mask: Params | None = None
     depth: int = 0
     part: Callable[[Params, Array, int, int], Array] | None = None
+    lowering: Any = None
 
 
 class MetaParams(NamedTuple):

@@ -19,6 +19,7 @@ from mgaug_jax import (
     fomaml,
     inductive,
     maml,
+    meta_gradient,
     mgaug,
     nets,
     pp,
@@ -30,7 +31,7 @@ from mgaug_jax import (
 )
 from mgaug_jax.nets import backbones, layers, lowering, winograd
 from mgaug_jax.nets.block import block
-from mgaug_jax.types import Examples
+from mgaug_jax.types import Examples, MetaParams
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -219,9 +220,15 @@ def test_top_left_mean_refuses_a_map_below_5x5():
 # --- lowering -------------------------------------------------------------------------------
 
 CONVS = [(3, 1, 1), (5, 1, 2), (1, 1, 0), (7, 2, 3), (3, 2, 1), (1, 2, 0), (3, 1, 0)]
-# channels in and out, and how many positions are computed at a time: Winograd's algorithm takes
-# over at 8 channels, and two of the images fit into 200 positions
-WAYS = [(3, 4, 4096), (3, 9, 200), (8, 9, 4096), (9, 8, 200)]
+Lowering = lowering.Lowering
+LOWERINGS = {
+    "cpu": lowering.BACKENDS["cpu"],
+    "others": Lowering(),
+    "patches": Lowering(winograd=None, thin=0),
+    "patches of some": Lowering(pixels=200, winograd=None),  # two of the images below
+    "winograd of one": Lowering(pixels=50, winograd=0),
+    "native": Lowering(native=True),
+}
 
 
 def derivatives(f, *args):
@@ -239,20 +246,83 @@ def close(got, want, tolerance=1e-9):
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "padding", "way"),
-    [(*conv, WAYS[0]) for conv in CONVS] + [(3, 1, 1, way) for way in WAYS[1:]],
+    ("size", "stride", "padding", "channels", "name"),
+    [(*conv, (3, 4), "cpu") for conv in CONVS]
+    + [(5, 1, 2, (3, 4), "native"), (3, 2, 1, (3, 4), "native")]
+    + [(3, 1, 1, channels, name) for channels in ((3, 9), (8, 9)) for name in LOWERINGS],
 )
-def test_conv_and_its_first_two_derivatives_equal_lax(x64, monkeypatch, size, stride, padding, way):
-    inputs, out, pixels = way
-    monkeypatch.setattr(lowering, "PIXELS", pixels)
+def test_conv_and_its_first_two_derivatives_equal_lax(x64, size, stride, padding, channels, name):
     keys = jax.random.split(jax.random.key(size), 2)
-    x = jax.random.normal(keys[0], (4, 9, 10, inputs))
-    kernel = jax.random.normal(keys[1], (size, size, inputs, out))
+    x = jax.random.normal(keys[0], (4, 9, 10, channels[0]))
+    kernel = jax.random.normal(keys[1], (size, size, *channels))
+    ours = functools.partial(lowering.conv, how=LOWERINGS[name])
     got, want = (
         derivatives(lambda x, k, conv=conv: conv(x, k, stride, padding), x, kernel)
-        for conv in (lowering.conv, lax_conv)
+        for conv in (ours, lax_conv)
     )
     close(got, want)
+
+
+def primitives(f, *args):
+    """Names of all operations of a program, inner ones too."""
+
+    def of(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for inner in jaxprs_in_params(equation.params):
+                yield from of(inner)
+
+    return set(of(jax.make_jaxpr(f)(*args).jaxpr))
+
+
+def test_a_network_computes_by_its_own_lowering_whatever_was_compiled_before():
+    """Lowerings share functions that are traced once, such as the checkpointed convolution."""
+    make = functools.partial(nets.resnet10, 3, image=(32, 32, 3))
+    x, found = jnp.zeros((20, 32, 32, 3)), {}
+    for name in (*LOWERINGS, *LOWERINGS):
+        net = make(lowering=LOWERINGS[name])
+        loss = jax.jit(jax.grad(lambda params, net=net: jnp.sum(net.apply(params, x))))
+        made = primitives(loss, shapes(net))
+        assert found.setdefault(name, made) == made
+        assert ("conv_general_dilated" in made) == (name == "native")
+        assert ("scan" in made) == (name in ("cpu", "patches of some", "winograd of one"))
+
+
+def test_without_one_a_network_has_the_lowering_of_the_backend():
+    assert jax.default_backend() == "cpu"
+    x = jnp.zeros((8, 16, 16, 1))
+    text = lambda how: str(
+        jax.make_jaxpr(nets.conv4(3, width=4, image=(16, 16, 1), lowering=how).apply)(
+            shapes(small_conv()), x
+        )
+    )
+    assert text(None) == text(lowering.BACKENDS["cpu"])
+    assert text(None) != text(Lowering())
+
+
+def test_a_second_order_meta_gradient_is_that_of_native_convolutions(x64):
+    def found(how):
+        net = nets.conv4(3, width=8, image=(16, 16, 2), lowering=how)
+        step = jax.jit(functools.partial(meta_gradient, maml(net, lr=0.1, steps=1)))
+        tasks = make_tasks(jax.random.key(1), shape=(16, 16, 2))
+        return step(jax.random.key(0), MetaParams(randomised(shapes(net)), {}), tasks)[0]
+
+    close(found(None), found(LOWERINGS["native"]), 1e-8)
+
+
+def test_forward_mode_passes_through_native_residual_blocks(x64):
+    block = backbones.BasicBlock(6, 2, None, LOWERINGS["native"])
+    x, v = jax.random.normal(jax.random.key(1), (2, 2, 7, 8, 3))
+    params = randomised(jax.eval_shape(block.init, jax.random.key(0), x)["params"])
+    loss = lambda s: jnp.sum(jnp.sin(block.apply({"params": params}, x + s * v)))
+    forwards, backwards = (jax.jit(d(loss))(1.0) for d in (jax.jacfwd, jax.grad))
+    assert abs(backwards) > 0.1
+    np.testing.assert_allclose(forwards, backwards, rtol=1e-9)
+
+
+def test_a_lowering_is_one():
+    with pytest.raises(ValueError, match="lowering must be a Lowering such as"):
+        nets.conv4(5, lowering="native")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (7, 4), (84, 3)])
@@ -265,8 +335,8 @@ def test_winograd_tiles_cover_maps_of_any_shape(x64, shape):
 
 
 @pytest.mark.parametrize(("stride", "channels"), [(1, 2), (1, 8), (2, 2)])
-def test_conv_equals_lax_under_vmap_over_kernels_inside_scan(x64, monkeypatch, stride, channels):
-    monkeypatch.setattr(lowering, "PIXELS", 50)  # one image at a time
+def test_conv_equals_lax_under_vmap_over_kernels_inside_scan(x64, stride, channels):
+    ours = functools.partial(lowering.conv, how=Lowering(pixels=50))  # one image at a time
     padding = 1
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (2, 6, 7, channels))
@@ -285,7 +355,7 @@ def test_conv_equals_lax_under_vmap_over_kernels_inside_scan(x64, monkeypatch, s
         second = jax.value_and_grad(first, (0, 1))
         return jax.jit(jax.vmap(second, (None, 0)))
 
-    got, want = grads(lowering.conv)(x, kernels), grads(lax_conv)(x, kernels)
+    got, want = grads(ours)(x, kernels), grads(lax_conv)(x, kernels)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
 
 
@@ -313,7 +383,6 @@ def plain_block(x, kernel, scale, bias, first):
     return plain_norm_relu_pool(y, scale, bias, first)
 
 
-BLOCKS = block, plain_block
 SCALES = jnp.array([1.5, -0.7, 0.3])
 
 
@@ -360,23 +429,24 @@ def test_norm_relu_pool_sends_the_gradient_of_a_tie_to_the_first_entry(x64, scal
 
 
 @pytest.mark.parametrize(
-    ("size", "inputs", "first", "pixels"),
-    [(3, 2, None, 4096), (3, 2, 2, 80), (1, 3, 3, 80), (3, 8, 2, 4096)],
+    ("size", "inputs", "first", "name"),
+    [(3, 2, None, "cpu"), (1, 3, 3, "winograd of one"), (3, 8, 2, "cpu")]
+    + [(3, 2, 2, name) for name in LOWERINGS],
 )
-def test_block_and_its_first_two_derivatives_equal_the_composition(
-    x64, monkeypatch, size, inputs, first, pixels
-):
-    monkeypatch.setattr(lowering, "PIXELS", pixels)  # 80: an image of 7x10 at a time
+def test_block_and_its_first_two_derivatives_equal_the_composition(x64, size, inputs, first, name):
     keys = jax.random.split(jax.random.key(size), 2)
     x = 2 + jax.random.normal(keys[0], (4, 7, 10, inputs))
     kernel = jax.random.normal(keys[1], (size, size, inputs, 3))
     args = x, kernel, SCALES.astype(float), jnp.array([0.4, 0.1, -0.2])
-    got, want = (derivatives(lambda *args, f=f: f(*args, first), *args) for f in BLOCKS)
+    ours = functools.partial(block, how=LOWERINGS[name])
+    got, want = (
+        derivatives(lambda *args, f=f: f(*args, first), *args) for f in (ours, plain_block)
+    )
     close(got, want)
 
 
-def test_block_equals_the_composition_under_vmap_inside_scan(x64, monkeypatch):
-    monkeypatch.setattr(lowering, "PIXELS", 50)  # one image at a time
+def test_block_equals_the_composition_under_vmap_inside_scan(x64):
+    ours = functools.partial(block, how=Lowering(pixels=50))  # one image at a time
     x = jax.random.normal(jax.random.key(0), (2, 6, 7, 2))
     kernels = jax.random.normal(jax.random.key(1), (3, 4, 3, 3, 2, 3))  # 3 at once, 4 in turn
 
@@ -391,7 +461,7 @@ def test_block_equals_the_composition_under_vmap_inside_scan(x64, monkeypatch):
         squares = lambda *args: sum(jnp.sum(g**2) for g in jax.grad(total, (0, 1))(*args))
         return jax.jit(jax.vmap(jax.value_and_grad(squares, (0, 1)), (None, 0)))(x, kernels)
 
-    close(*map(chain, BLOCKS))
+    close(chain(ours), chain(plain_block))
 
 
 @pytest.mark.parametrize(
@@ -428,21 +498,10 @@ def products(jaxpr):
     return found
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Programs are traced as for a GPU, and nothing that was traced otherwise is used again."""
-    jax.clear_caches()
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: "gpu")
-        yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("way", [3, None])
 def test_bfloat16_is_for_products_of_maps_and_nothing_else(way):
     """On a CPU kernels and maps are rounded as well, but then widened."""
-    net = nets.resnet10(way, image=(32, 32, 3), dtype=jnp.bfloat16)
+    net = nets.resnet10(way, image=(32, 32, 3), dtype=jnp.bfloat16, lowering=Lowering())
 
     def loss(params, x):
         inner = lambda params: jnp.mean(jnp.square(net.apply(params, x)))

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mgaug_jax.checks import check_count, check_function
+from mgaug_jax.checks import check_count, check_function, check_kind
 from mgaug_jax.nets import lowering
 from mgaug_jax.nets.adapters import check_shape, net_of
 from mgaug_jax.nets.block import block
 from mgaug_jax.nets.layers import BatchNorm, Conv, Dense, normal_fan_out
+from mgaug_jax.nets.lowering import Lowering
 from mgaug_jax.types import Array, Net, Role
 
 
@@ -25,6 +26,7 @@ class ConvNet(nn.Module):
     depth: int
     dtype: Any = None
     first: int | None = None
+    how: Lowering | None = None
 
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
@@ -36,7 +38,7 @@ class ConvNet(nn.Module):
             # and what rounding makes of its gradient.
             kernel, _ = Conv(self.width, name=f"conv{i}").parameters(x.shape[-1])
             scale, bias = BatchNorm(name=f"norm{i}").parameters(self.width)
-            x = block(x, kernel, scale, bias, self.first)
+            x = block(x, kernel, scale, bias, self.first, self.how)
         if stop < self.depth:
             return x
         # Channels first, as PyTorch flattens: `Dense` on a smaller map then takes the rows that
@@ -51,14 +53,14 @@ class BasicBlock(nn.Module):
     width: int
     stride: int
     first: int | None
+    how: Lowering | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def conv_norm(x: Array, size: int, stride: int, name: str) -> Array:
-            conv = Conv(
-                self.width, size, stride, False, kernel_init=normal_fan_out, name=f"conv{name}"
-            )
-            return BatchNorm(self.first, name=f"norm{name}")(conv(x))
+            options = self.width, size, stride, False, normal_fan_out, self.how
+            x = Conv(*options, name=f"conv{name}")(x)
+            return BatchNorm(self.first, name=f"norm{name}")(x)
 
         y = nn.relu(conv_norm(x, 3, self.stride, "0"))
         y = conv_norm(y, 3, 1, "1")
@@ -94,19 +96,20 @@ class ResNet(nn.Module):
     pool: Callable[[Array], Array]
     dtype: Any = None
     first: int | None = None
+    how: Lowering | None = None
 
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int = 4) -> Array:
         x = x if self.dtype is None else x.astype(self.dtype)
         if start == 0:
-            x = Conv(64, 7, 2, False, kernel_init=normal_fan_out, name="conv")(x)
+            x = Conv(64, 7, 2, False, normal_fan_out, self.how, name="conv")(x)
             x = nn.relu(BatchNorm(self.first, name="norm")(x))
             x = lowering.max_pool_3x3(x)
         for stage in range(start, stop):
             for i in range(self.blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"stage{stage}_block{i}"
-                x = BasicBlock(64 * 2**stage, stride, self.first, name=name)(x)
+                x = BasicBlock(64 * 2**stage, stride, self.first, self.how, name=name)(x)
         if stop < 4:
             return x
         x = self.pool(x.astype(lowering.summed(x)))
@@ -140,6 +143,7 @@ def conv4(
     width: int = 64,
     image: tuple[int, int, int] = (84, 84, 3),
     dtype: Any = None,
+    lowering: Lowering | None = None,
 ) -> Net:
     """Conv-4: four blocks of `width` channels and, unless `way` is None, a linear head.
 
@@ -149,14 +153,15 @@ def conv4(
       image: Height, width and channels of the largest images the network will see.
       dtype: `jnp.bfloat16` to keep maps, and multiply, in it; parameters, their gradients, sums,
         statistics and outputs stay float32. None: the type of parameters and images.
+      lowering: How it computes, a `nets.Lowering`; None: as is fastest on the backend.
 
     Returns:
       A `Net`. 121,093 parameters for (84, 84, 3) and 5 ways, 113,088 without the head.
 
     Raises:
-      ValueError: The images are too small for four halvings, or the type is another.
+      ValueError: The images are too small for four halvings, or the type or `lowering` is another.
     """
-    _check_dtype(dtype)
+    _check_computed(dtype, lowering)
     check_count("width", width)
     if way is not None:
         check_count("way", way)
@@ -166,8 +171,7 @@ def conv4(
             f"conv4 halves its input four times but the images are {image[0]}x{image[1]}. "
             "Use images of at least 16x16."
         )
-    module = ConvNet(way, width, depth=4, dtype=dtype)
-    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
+    return _conv_net(ConvNet(way, width, depth=4, dtype=dtype, how=lowering), image)
 
 
 def resnet10(
@@ -176,12 +180,13 @@ def resnet10(
     image: tuple[int, int, int] = (224, 224, 3),
     pool: Callable[[Array], Array] = global_mean,
     dtype: Any = None,
+    lowering: Lowering | None = None,
 ) -> Net:
-    """ResNet-10: one basic block per stage; `way`, `image` and `dtype` as in `conv4`.
+    """ResNet-10: one basic block per stage; `way`, `image`, `dtype`, `lowering` as in `conv4`.
 
     `pool` makes `[n, c]` of the last map: `global_mean`, or the released code's `top_left_mean`.
     """
-    return _resnet(way, 1, image, pool, dtype)
+    return _resnet(way, 1, image, pool, dtype, lowering)
 
 
 def resnet18(
@@ -190,24 +195,32 @@ def resnet18(
     image: tuple[int, int, int] = (224, 224, 3),
     pool: Callable[[Array], Array] = global_mean,
     dtype: Any = None,
+    lowering: Lowering | None = None,
 ) -> Net:
     """ResNet-18: two basic blocks per stage; arguments as for `resnet10`."""
-    return _resnet(way, 2, image, pool, dtype)
+    return _resnet(way, 2, image, pool, dtype, lowering)
 
 
-def _check_dtype(dtype: Any) -> None:
+def _check_computed(dtype: Any, lowering: Lowering | None) -> None:
     if dtype is not None and dtype != jnp.bfloat16:
         raise ValueError(f"dtype={dtype!r} must be jnp.bfloat16, or None for that of the images.")
+    if lowering is not None:
+        check_kind("lowering", lowering, Lowering, "nets.Lowering(native=True)")
 
 
-def _resnet(way, blocks, image, pool, dtype) -> Net:
-    _check_dtype(dtype)
+def _resnet(way, blocks, image, pool, dtype, lowering) -> Net:
+    _check_computed(dtype, lowering)
     if way is not None:
         check_count("way", way)
     check_shape("image", image, 3)
     check_function("pool", pool, "nets.global_mean")
-    module = ResNet(way, blocks, pool, dtype)
-    return net_of(module, image, conv_roles, by_first=lambda m: module.clone(first=m), depth=4)
+    return _conv_net(ResNet(way, blocks, pool, dtype, how=lowering), image)
+
+
+def _conv_net(module: Any, image: tuple[int, int, int]) -> Net:
+    by_first = lambda m: module.clone(first=m)
+    net = net_of(module, image, conv_roles, by_first=by_first, depth=4)
+    return net._replace(lowering=module.how)
 
 
 class Perceptron(nn.Module):

@@ -31,6 +31,7 @@ class Conv(nn.Module):
     stride: int = 1
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer | None = None
+    how: lowering.Lowering | None = None
 
     @nn.compact
     def parameters(self, inputs: int) -> tuple[Array, Array | None]:
@@ -44,7 +45,7 @@ class Conv(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.parameters(x.shape[-1])
-        y = lowering.conv(x, kernel, self.stride, self.size // 2)
+        y = lowering.conv(x, kernel, self.stride, self.size // 2, self.how)
         return y if bias is None else y + lowering.rounded(bias, y)
 
 

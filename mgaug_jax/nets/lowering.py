@@ -9,13 +9,17 @@ of reverse-mode derivatives. On a CPU a convolution goes through a few images at
 what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by
 `jax.custom_vjp`.
 
+Which of these is fastest depends on the machine: a `Lowering` says it, measured by
+`experiments.lowering`, chosen by backend, or given to a network's constructor. It is an argument of
+all that is traced, so that programs of different ones never meet in a cache.
+
 Maps in bfloat16 stay so: kernels, given in float32, are rounded for the products, whose sums, the
 kernels' gradients and all statistics are float32.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +27,41 @@ import jax.numpy as jnp
 from mgaug_jax.nets import winograd
 from mgaug_jax.types import Array, Net
 
-PIXELS = 1024
-"""On a CPU a convolution takes about so many positions of its images at a time."""
-FEW = 8
-"""A convolution of fewer channels, in or out, is a product of patches, else Winograd's."""
+
+class Lowering(NamedTuple):
+    """What is chosen by measurement; only rounding depends on it.
+
+    Attributes:
+      pixels: About so many positions of its images a convolution takes at a time; None: all.
+      winograd: From so many channels on, in and out, a 3x3 convolution is Winograd's, with fewer a
+        product of patches; None: always patches.
+      thin: A block of Conv-4 of fewer channels than this in, and more out, never writes its map
+        (`nets.block`).
+      at_once: Tasks of a convolutional network that are computed together; None: all.
+      native: Convolutions are XLA's own in place of all these; ResNets then allow forward mode.
+      widened: Products of bfloat16 are made in float32, for a backend that has none.
+    """
+
+    pixels: int | None = None
+    winograd: int | None = 8
+    thin: int = 8
+    at_once: int | None = None
+    native: bool = False
+    widened: bool = False
 
 
-def conv(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
+BACKENDS = {"cpu": Lowering(pixels=1024, at_once=1, widened=True)}
+"""What was measured to be fastest; a GPU or TPU, on which nothing was, has a `Lowering()`."""
+
+
+def chosen(how: Lowering | None) -> Lowering:
+    """The lowering that is asked for, or else that of the default backend."""
+    return BACKENDS.get(jax.default_backend(), Lowering()) if how is None else how
+
+
+def conv(
+    x: Array, kernel: Array, stride: int = 1, padding: int = 1, how: Lowering | None = None
+) -> Array:
     """Cross-correlation, as `lax.conv_general_dilated` in NHWC x HWIO.
 
     Args:
@@ -37,14 +69,27 @@ def conv(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
       kernel: `[kh, kw, in, out]`.
       stride: Step in both directions.
       padding: Zeros added on every side.
+      how: It is computed; None: as is fastest on the backend.
 
     Returns:
       `[n, h', w', out]` with `h' = (h + 2 padding - kh) // stride + 1`.
     """
+    how = chosen(how)
     kh, kw = kernel.shape[:2]
+    if how.native:
+        return _native(x, kernel, stride, padding)
     if stride == 1 and kh == kw == 2 * padding + 1:
-        return _same(x, kernel)
-    return _strided(x, kernel, stride, padding)
+        return _same(x, kernel, how)
+    return _strided(x, kernel, stride, padding, how)
+
+
+def _native(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    kernel = rounded(kernel, x)
+    dtype, around = jnp.result_type(x, kernel), [(padding, padding)] * 2
+    axes = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x.astype(dtype), kernel.astype(dtype), (stride, stride), around, dimension_numbers=axes
+    )
 
 
 def summed(x: Array) -> Any:
@@ -57,11 +102,13 @@ def rounded(y: Array, x: Array) -> Array:
     return y.astype(x.dtype) if x.dtype == jnp.bfloat16 else y
 
 
-def fast(x: Array, kernel: tuple[int, ...]) -> bool:
+def fast(x: Array, kernel: tuple[int, ...], how: Lowering) -> bool:
     """Whether Winograd's algorithm is to be used with a kernel of such a shape; its sums and
     differences would lose too much of bfloat16.
     """
-    return kernel[0] == 3 and min(kernel[2:]) >= FEW and x.dtype != jnp.bfloat16
+    if how.winograd is None or x.dtype == jnp.bfloat16:
+        return False
+    return kernel[0] == 3 and min(kernel[2:]) >= how.winograd
 
 
 EPSILON = 1e-5
@@ -181,12 +228,12 @@ def _larger(x: Array, y: Array) -> Array:
 def map_tasks(net: Net, f: Callable, *batches, at_once: int | None = None):
     """`f` of every task along the leading axis T of `batches`, stacked; `at_once` of them batched.
 
-    Unless told: where the kernels differ from task to task, a CPU is faster taking one task after
-    another (its caches hold one), if the network convolves; everything else is batched.
+    Unless told, a network that convolves has its lowering's number: where the kernels differ from
+    task to task, a CPU is faster taking one after another (its caches hold one).
     """
     convolves = any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
-    if at_once is None and convolves and jax.default_backend() == "cpu":
-        at_once = 1
+    if at_once is None and convolves:
+        at_once = chosen(net.lowering).at_once
     if at_once is None:
         return jax.vmap(f)(*batches)
     batch_size = at_once if at_once > 1 else None
@@ -215,75 +262,72 @@ def patches(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     return jnp.concatenate(taps(padded(x, padding), kh, kw, stride), axis=-1)
 
 
-def _einsum(how: str, a: Array, b: Array, dtype: Any) -> Array:
+def _einsum(axes: str, a: Array, b: Array, dtype: Any, how: Lowering) -> Array:
     """`jnp.einsum` in some type, sums in float32 or better."""
-    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":  # XLA has no such product there
-        return jnp.einsum(how, a.astype(jnp.float32), b.astype(jnp.float32)).astype(dtype)
-    return jnp.einsum(how, a, b, preferred_element_type=dtype)
+    if a.dtype == jnp.bfloat16 and how.widened:
+        return jnp.einsum(axes, a.astype(jnp.float32), b.astype(jnp.float32)).astype(dtype)
+    return jnp.einsum(axes, a, b, preferred_element_type=dtype)
 
 
-def _product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+def _product(x: Array, kernel: Array, stride: int, padding: int, how: Lowering) -> Array:
     kh, kw, _, out = kernel.shape
     taken, kernel = patches(x, kh, kw, stride, padding), rounded(kernel.reshape(-1, out), x)
-    return _einsum("nhwk,ko->nhwo", taken, kernel, jnp.result_type(taken, kernel))
+    return _einsum("nhwk,ko->nhwo", taken, kernel, jnp.result_type(taken, kernel), how)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))
-def _strided(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    return _product(x, kernel, stride, padding)  # patches are made again, not kept, backwards
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def _strided(x: Array, kernel: Array, stride: int, padding: int, how: Lowering) -> Array:
+    return _product(x, kernel, stride, padding, how)  # patches are made again, not kept, backwards
 
 
 # The stride-1 convolution and its kernel gradient are bilinear, and each one's derivatives are
 # again one of the two: the rules below are closed under differentiation to any order.
 
 
-@jax.custom_vjp
-def _same(x: Array, kernel: Array) -> Array:
-    if fast(x, kernel.shape):
-        taps = winograd.kernel(kernel)
-        return some_at_a_time(lambda x: winograd.convolve(x, taps), x)
-    return some_at_a_time(lambda x: _product(x, kernel, 1, len(kernel) // 2), x)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _correlate(x: Array, y: Array, size: int) -> Array:
+def _same(x: Array, kernel: Array, how: Lowering) -> Array:
+    if fast(x, kernel.shape, how):
+        taps = winograd.kernel(kernel)
+        return some_at_a_time(how, lambda x: winograd.convolve(x, taps), x)
+    return some_at_a_time(how, lambda x: _product(x, kernel, 1, len(kernel) // 2, how), x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _correlate(x: Array, y: Array, size: int, how: Lowering) -> Array:
     """Gradient of `sum(y * _same(x, kernel))` by the kernel, `[size, size, in, out]`."""
     shape = size, size, x.shape[-1], y.shape[-1]
-    if fast(x, shape):
-        return winograd.kernel_transpose(sum_of_some(winograd.correlate, x, y))
+    if fast(x, shape, how):
+        return winograd.kernel_transpose(sum_of_some(how, winograd.correlate, x, y))
 
     def flat(x: Array, y: Array) -> Array:
         # the kernel's transpose, since XLA multiplies `y^T x` faster than `x^T y` on a CPU
         taken = patches(x, size, size, 1, size // 2)
-        return _einsum("nhwo,nhwk->ok", y, taken, jnp.result_type(y, taken, jnp.float32))
+        return _einsum("nhwo,nhwk->ok", y, taken, jnp.result_type(y, taken, jnp.float32), how)
 
-    return sum_of_some(flat, x, y).T.reshape(shape)
+    return sum_of_some(how, flat, x, y).T.reshape(shape)
 
 
-def _chunk(x: Array) -> int:
+def _chunk(how: Lowering, x: Array) -> int:
     """How many images are computed at a time, a divisor of their number: on a CPU as many as its
-    caches hold with all that is made of them on the way, elsewhere all.
+    caches hold with all that is made of them on the way.
     """
     n, height, width = x.shape[:3]
-    most = max(1, PIXELS // (height * width)) if jax.default_backend() == "cpu" else n
+    most = n if how.pixels is None else max(1, how.pixels // (height * width))
     return max(count for count in range(1, n + 1) if n % count == 0 and count <= most)
 
 
-def _chunks(x: Array) -> Array:
-    return x.reshape(-1, _chunk(x), *x.shape[1:])
-
-
-def some_at_a_time(f: Callable[[Array], Any], x: Array) -> Any:
+def some_at_a_time(how: Lowering, f: Callable[[Array], Any], x: Array) -> Any:
     """`f(x)`, arrays with a row per image, image by image or some at a time."""
-    if _chunk(x) == len(x):
+    count = _chunk(how, x)
+    if count == len(x):
         return f(x)
-    made = jax.lax.map(f, _chunks(x))
+    made = jax.lax.map(f, x.reshape(-1, count, *x.shape[1:]))
     return jax.tree.map(lambda a: a.reshape(len(x), *a.shape[2:]), made)
 
 
-def sum_of_some(f: Callable[..., Any], *args: Array) -> Any:
+def sum_of_some(how: Lowering, f: Callable[..., Any], *args: Array) -> Any:
     """`f(*args)`, sums over images, image by image or some at a time (the first argument's)."""
-    count = _chunk(args[0])
+    count = _chunk(how, args[0])
     if count == len(args[0]):
         return f(*args)
     args = tuple(a.reshape(-1, count, *a.shape[1:]) for a in args)
@@ -296,16 +340,16 @@ def _adjoint(kernel: Array) -> Array:
     return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
-def _same_bwd(residuals, y):
+def _same_bwd(how, residuals, y):
     x, kernel = residuals
-    return _same(y, _adjoint(kernel)), _correlate(x, y, kernel.shape[0])
+    return _same(y, _adjoint(kernel), how), _correlate(x, y, kernel.shape[0], how)
 
 
-def _correlate_bwd(size, residuals, kernel):
+def _correlate_bwd(size, how, residuals, kernel):
     del size
     x, y = residuals
-    return _same(y, _adjoint(kernel)), _same(x, kernel)
+    return _same(y, _adjoint(kernel), how), _same(x, kernel, how)
 
 
-_same.defvjp(lambda x, kernel: (_same(x, kernel), (x, kernel)), _same_bwd)
-_correlate.defvjp(lambda x, y, size: (_correlate(x, y, size), (x, y)), _correlate_bwd)
+_same.defvjp(lambda x, kernel, how: (_same(x, kernel, how), (x, kernel)), _same_bwd)
+_correlate.defvjp(lambda x, y, size, how: (_correlate(x, y, size, how), (x, y)), _correlate_bwd)
