@@ -22,13 +22,18 @@ methods of the catalogue cost beside FoMAML is measured by `experiments.catalogu
 another beside a batch of them by `experiments.lowering`.
 
 Workloads in bfloat16 have this library's maps and products in it, beside its own and the peers'
-float32.
+float32. That of a chunk has meta-steps that draw their tasks and augment them: as one program,
+which is how `experiments.train` runs them, beside a program each, waited for; the ratios of drawing
+and augmenting to it are their shares of a step.
+
+On a GPU, JAX's and PyTorch's, everything is timed there, and memory is the device's (not tried).
 
 --devices=2 divides a CPU into two, over which the tasks of a meta-step are spread if they share
 them evenly, as `experiments.train --mesh=2` does.
 
 Writes benchmark.json into --out; --scaling writes scaling.csv and scaling.png: time and memory over
-tasks, sub-networks, inner steps, image size and width, and devices where there are several.
+tasks, sub-networks, inner steps, image size and width, over configurations that are trained at once
+(of a perceptron, and of Conv-4), and devices where there are several.
 """
 
 import importlib.util
@@ -160,14 +165,7 @@ def matmul_rates(peers) -> dict[str, float]:
     from experiments.bench import ours
 
     rates = {"jax": ours.matmul_rate()}
-    return {**rates, "torch": peers.matmul_rate(device(peers))} if peers else rates
-
-
-def device(peers) -> str:
-    """Where PyTorch computes: on the GPU if JAX does, too."""
-    import jax
-
-    return "cuda" if jax.default_backend() == "gpu" and peers.has_gpu() else "cpu"
+    return {**rates, "torch": peers.matmul_rate(peers.device())} if peers else rates
 
 
 # --- one workload ---------------------------------------------------------------------------
@@ -177,25 +175,19 @@ def measured(name: str, problem: Problem, peers, peak: float) -> dict[str, Any]:
     """What was found of a workload: `errors` and `memory` by side, and `sides` with their times."""
     from experiments.bench import ours
 
-    if problem.configurations:
-        made = dict(ours.sweep(problem))
-        others: list[str] = []
-    else:
-        others = chosen(problem, peers) if peers else []
-        made = {"ours": ours.contender(problem)}
-        if problem.dtype is not None:
-            made["ours, float32"] = ours.contender(problem._replace(dtype=None))
+    made, others = ours.sides(problem), chosen(problem, peers) if peers else []
     memory = {}
     if FLAGS.memory and not FLAGS.quick:
         memory = {side: peak_memory(side, name) for side in (*made, *others)}
     errors = differences(problem, others, peers) if FLAGS.check else {}
     steps: dict[str, Callable[[], Any]] = {side: found.step for side, found in made.items()}
     for peer in others:
-        steps[peer] = peers.step(peer, problem, device(peers))
+        steps[peer] = peers.step(peer, problem, peers.device())
     for step in steps.values():
         step()
     rounds = {"repeats": 3, "most": 3} if FLAGS.quick else {"repeats": FLAGS.repeats}
     taken = turns.take_turns(steps, limit=FLAGS.foreign, **rounds)
+    taken = {side: turns.shared(found, problem.chunk or 1) for side, found in taken.items()}
     sides = {side: turns.summary(found, FLAGS.foreign) for side, found in taken.items()}
     work = flops(problem)
     for side, row in sides.items():
@@ -215,7 +207,9 @@ def measured(name: str, problem: Problem, peers, peak: float) -> dict[str, Any]:
 
 
 def chosen(problem: Problem, peers) -> list[str]:
-    """The peers that are asked for, installed, and able to do the problem."""
+    """The peers that are asked for, installed, and able to do the problem: steps on given tasks."""
+    if problem.configurations or problem.chunk:
+        return []
     there = [name for name in peers.PEERS if name not in peers.missing()]
     return [name for name in FLAGS.peers or there if peers.PEERS[name].takes(problem)]
 
@@ -273,7 +267,8 @@ def lines(name: str, row: Mapping[str, Any]) -> list[str]:
     show = lambda value, form: "" if value is None else format(value, form)
     for side, found in row["sides"].items():
         ratio = row["ratios"].get(side, {"seconds": None, "cpu_seconds": None})
-        memory = (row["memory"].get(side) or {}).get("peak")
+        taken = row["memory"].get(side) or {}
+        memory = taken.get("device", taken.get("peak"))
         kept = f"{found['turns']}/{found['turns'] + found['left_out']}"
         made.append(
             f"  {side:<17} {found['seconds']:9.4f} {found['low']:9.4f} {found['high']:9.4f} "

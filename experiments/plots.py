@@ -166,7 +166,9 @@ def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> None:
     """Time (left) and memory (right) of a meta-step over each size of its problem."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(labels), figsize=(15, 3.2), layout="constrained")
+    size = (2.5 * len(labels), 3.2)
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
+    axes = axes[0]
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         of = [row for row in rows if row["axis"] == name]
         at = [row["value"] for row in of]

@@ -12,9 +12,24 @@ import numpy as np
 import optax
 
 from experiments.bench.workloads import HIDDEN, LR, OUTER_LR, Problem, tasks, weights
-from mgaug_jax import fomaml, maml, meta, modifiers, nets, protonet, pruning, sharding, trainer
+from mgaug_jax import (
+    fomaml,
+    loops,
+    maml,
+    meta,
+    modifiers,
+    nets,
+    photo,
+    protonet,
+    pruning,
+    sampler,
+    sharding,
+    trainer,
+)
+from mgaug_jax.episodes import Images
 from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.meta import State
+from mgaug_jax.nets.lowering import map_tasks
 from mgaug_jax.types import Array, Examples, MetaParams, Method, Task, Views
 
 
@@ -32,14 +47,16 @@ class Contender(NamedTuple):
     temporary: int | None = None
 
 
-def method(problem: Problem, lr: float | Array = LR) -> Method:
+def method(problem: Problem, lr: float | Array = LR, how: nets.Lowering | None = None) -> Method:
     """The method of a problem; its sub-networks keep what the problem says, no random share."""
     if problem.image is None:
         net = nets.mlp(HIDDEN)
     else:
         way = None if problem.algorithm == "protonet" else problem.way
         dtype = jnp.dtype(problem.dtype) if problem.dtype else None
-        net = nets.conv4(way, width=problem.width, image=problem.image, dtype=dtype)
+        options = {"image": problem.image, "dtype": dtype, "lowering": how}
+        make = {0: partial(nets.conv4, width=problem.width), 1: nets.resnet10, 2: nets.resnet18}
+        net = make[problem.blocks](way, **options)
     if problem.algorithm == "protonet":
         made = protonet(net)
     else:
@@ -64,7 +81,7 @@ def arrays(problem: Problem) -> tuple[MetaParams, Task]:
     return MetaParams(put(weights(problem)), {}), put(Task(support, query))
 
 
-def gradient(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
+def gradient(problem: Problem) -> dict[str, Any]:
     """The meta-gradient in float64, for comparison."""
     with jax.enable_x64(True):
         step = jax.jit(partial(meta.meta_gradient, method(problem._replace(dtype=None))))
@@ -82,39 +99,112 @@ def compiled(f: Callable[..., Any], *args: Any) -> Contender:
     return Contender(lambda: jax.block_until_ready(program(*args)), seconds, size)
 
 
-def contender(problem: Problem) -> Contender:
-    """A meta-step with Adam, in float32 or what the problem says."""
+def step(problem: Problem, how: nets.Lowering | None = None) -> tuple[Callable, tuple]:
+    """A meta-step with Adam, in float32 or what the problem says, and its arguments."""
     params, batch = arrays(problem)
-    made, place = method(problem), lambda tree: tree
+    made, place = method(problem, how=how), lambda tree: tree
     count = problem.devices or math.gcd(problem.tasks, jax.device_count())
     if count > 1:
         mesh = sharding.mesh(jax.devices()[:count])
         made, place = sharding.sharded(mesh)(made), partial(sharding.replicate, mesh=mesh)
-    train = trainer(made, optax.adam(OUTER_LR))
-    state = jax.jit(train.init)(jax.random.key(0))._replace(params=params)
-    return compiled(train.step, *place((jax.random.key(1), state, batch)))
+    state = begin(problem, params)
+    return trainer(made, optax.adam(OUTER_LR)).step, place((jax.random.key(1), state, batch))
+
+
+def contender(problem: Problem) -> Contender:
+    """A meta-step, compiled."""
+    f, args = step(problem)
+    return compiled(f, *args)
+
+
+def begin(problem: Problem, params: MetaParams) -> State:
+    """The trainer's state with given parameters."""
+    start = jax.jit(trainer(method(problem), optax.adam(OUTER_LR)).init)(jax.random.key(0))
+    return start._replace(params=params)
+
+
+def one_of(problem: Problem, batch: Task, key: Array, state: State, rate: Array):
+    """A meta-step of the configuration of an inner rate."""
+    return trainer(method(problem, rate), optax.adam(OUTER_LR)).step(key, state, batch)
+
+
+def together(problem: Problem) -> Contender:
+    """A meta-step of every configuration in one program, as a sweep maps them."""
+    params, batch = arrays(problem)
+    count = problem.configurations
+    rates = LR * (1 + jnp.arange(count) / count)
+    keys = jax.random.split(jax.random.key(1), count)
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), begin(problem, params))
+    step = lambda *args: map_tasks(method(problem).net, partial(one_of, problem, batch), *args)
+    return compiled(step, keys, states, rates)
 
 
 def sweep(problem: Problem) -> Mapping[str, Contender]:
-    """A meta-step of every configuration, batched and one after another."""
+    """A meta-step of every configuration, in one program and one after another."""
     params, batch = arrays(problem)
-    rates = LR * (1 + jnp.arange(problem.configurations) / problem.configurations)
-    keys = jax.random.split(jax.random.key(1), problem.configurations)
-    start = jax.jit(trainer(method(problem), optax.adam(OUTER_LR)).init)(jax.random.key(0))
-    start = start._replace(params=params)
-
-    def step(key: Array, state: State, rate: Array):
-        return trainer(method(problem, rate), optax.adam(OUTER_LR)).step(key, state, batch)
-
-    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * problem.configurations), start)
-    together = compiled(jax.vmap(step), keys, states, rates)
-    one = compiled(step, keys[0], start, rates[0])
+    args = jax.random.key(1), begin(problem, params), jnp.full((), LR)
+    one = compiled(partial(one_of, problem, batch), *args)
 
     def in_turn():
-        for _ in rates:
+        for _ in range(problem.configurations):
             one.step()
 
-    return {"ours": together, "ours, one by one": one._replace(step=in_turn)}
+    return {"ours": together(problem), "ours, one by one": one._replace(step=in_turn)}
+
+
+def chunks(problem: Problem) -> Mapping[str, Contender]:
+    """`problem.chunk` meta-steps on tasks that are drawn and augmented: as one program, as training
+    has them; as a program each, waited for; and what of it is drawing, with augmenting and without.
+    """
+    assert problem.image is not None
+    params, _ = arrays(problem)
+    state, count = begin(problem, params), problem.chunk
+    mean, std = jnp.full(problem.image[-1], 0.5), jnp.full(problem.image[-1], 0.25)
+    each = problem.shot + problem.queries
+    pixels = np.random.default_rng(2).integers(
+        0, 256, (4 * problem.way, each, *problem.image), np.uint8
+    )
+    data = Images(jnp.asarray(pixels), jnp.full(len(pixels), each), mean, std)
+    sample = sampler(problem.way, problem.shot, problem.queries, problem.tasks)
+    made = photo.photo_augment(mean, std)(method(problem))
+    assert made.augment is not None
+    augment = jax.vmap(made.augment)
+    advance = partial(loops.advance, trainer(made, optax.adam(OUTER_LR)), sample)
+    args = jax.random.key(1), state, data
+
+    def draw(change: Callable[[Array, Task], Task], key: Array, data: Images) -> Array:
+        def body(total: Array, i: Array):
+            k_sample, k_change = jax.random.split(jax.random.fold_in(key, i))
+            tasks = change(k_change, sample(k_sample, data))
+            return total + tasks.support.x.sum() + tasks.query.x.sum(), None
+
+        return jax.lax.scan(body, jnp.zeros(()), jnp.arange(count))[0]
+
+    one = compiled(partial(advance, capacity=1), *args, 1)
+
+    def step_by_step():
+        for _ in range(count):
+            one.step()
+
+    both = lambda key, tasks: augment(meta.task_keys(key, tasks), tasks)
+    return {
+        "ours": compiled(partial(advance, capacity=count), *args, count),
+        "ours, each step": one._replace(step=step_by_step),
+        "drawing": compiled(partial(draw, lambda key, tasks: tasks), args[0], data),
+        "and augmenting": compiled(partial(draw, both), args[0], data),
+    }
+
+
+def sides(problem: Problem) -> dict[str, Contender]:
+    """All that is timed of this library in a workload, what the others are compared to first."""
+    if problem.configurations:
+        return dict(sweep(problem))
+    if problem.chunk:
+        return dict(chunks(problem))
+    made = {"ours": contender(problem)}
+    if problem.dtype is not None:
+        made["ours, float32"] = contender(problem._replace(dtype=None))
+    return made
 
 
 def matmul_rate(size: int = 2048, repeats: int = 5) -> float:

@@ -3,7 +3,7 @@
     python -m experiments.bench.peak ours fomaml-84-1shot
 
 Builds it, takes one meta-step, and prints as JSON the process's largest resident size and that
-before anything was built, in bytes; on a GPU, the device's.
+before anything was built, in bytes; on a GPU also the most that the device's arrays took.
 """
 
 import json
@@ -41,10 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         from experiments.bench import ours
 
         before = resident()
-        if side == "ours, float32":
-            problem = problem._replace(dtype=None)
-        made = ours.sweep(problem)[side] if problem.configurations else ours.contender(problem)
-        made.step()
+        ours.sides(problem)[side].step()
         memory = jax.devices()[0].memory_stats()
         if memory and "peak_bytes_in_use" in memory:
             found["device"] = memory["peak_bytes_in_use"]
@@ -52,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
         from experiments.bench import peers
 
         before = resident()
-        peers.step(side, problem, "cpu")()
+        peers.step(side, problem, peers.device())()
+        if (peak := peers.peak()) is not None:
+            found["device"] = peak
     print(json.dumps({"peak": resident(), "before": before, **found}))
     return 0
 

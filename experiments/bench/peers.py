@@ -6,7 +6,7 @@ this module imports torch.
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +22,30 @@ Part = tuple[Tensor, Tensor]
 def named(problem: Problem, dtype: torch.dtype, device: str) -> Named:
     """The weights in PyTorch's layouts, by their path in ours."""
     made = {}
-    for layer, leaves in weights(problem).items():
-        for name, value in leaves.items():
-            value = torch.from_numpy(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
-            form = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-            value = value.to(device, dtype).contiguous(memory_format=form)
-            made[f"{layer}/{name}"] = value.requires_grad_()
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                add(f"{path}/{name}" if path else name, inner)
+            return
+        value = torch.from_numpy(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
+        form = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        value = value.to(device, dtype).contiguous(memory_format=form)
+        made[path] = value.requires_grad_()
+
+    add("", weights(problem))
     return made
 
 
-def tree(found: Named) -> dict[str, dict[str, np.ndarray]]:
+def tree(found: Named) -> dict[str, Any]:
     """The way back of `named`."""
-    made: dict[str, dict[str, np.ndarray]] = {}
+    made: dict[str, Any] = {}
     for path, value in found.items():
-        layer, name = path.split("/")
-        back = value.detach().cpu().numpy()
-        made.setdefault(layer, {})[name] = back.transpose(2, 3, 1, 0) if back.ndim == 4 else back.T
+        *where, name = path.split("/")
+        back, at = value.detach().cpu().numpy(), made
+        for part in where:
+            at = at.setdefault(part, {})
+        at[name] = back.transpose(2, 3, 1, 0) if back.ndim == 4 else back.T
     return made
 
 
@@ -57,18 +65,42 @@ def batches(problem: Problem, dtype: torch.dtype, device: str) -> tuple[Part, Pa
 
 
 def forward(p: Named, x: Tensor) -> Tensor:
-    """Conv-4 or the MLP; an embedding where there is no head."""
+    """Conv-4, a ResNet or the MLP; an embedding where there is no head."""
     if "dense0/kernel" in p:
         for i in range(sum(name.startswith("dense") for name in p) // 2):
             x = F.relu(F.linear(x, p[f"dense{i}/kernel"], p[f"dense{i}/bias"]))
         return F.linear(x, p["head/kernel"], p["head/bias"])
+    x = resnet(p, x) if "conv/kernel" in p else conv4(p, x)
+    return F.linear(x, p["head/kernel"], p["head/bias"]) if "head/kernel" in p else x
+
+
+def normed(p: Named, name: str, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, p[f"{name}/scale"], p[f"{name}/bias"], training=True)
+
+
+def conv4(p: Named, x: Tensor) -> Tensor:
     for i in range(4):
         x = F.conv2d(x, p[f"conv{i}/kernel"], p[f"conv{i}/bias"], padding=1)
-        scale, bias = p[f"norm{i}/scale"], p[f"norm{i}/bias"]
-        x = F.batch_norm(x, None, None, scale, bias, training=True)
-        x = F.relu(F.max_pool2d(x, 2))
-    x = x.flatten(1)
-    return F.linear(x, p["head/kernel"], p["head/bias"]) if "head/kernel" in p else x
+        x = F.relu(F.max_pool2d(normed(p, f"norm{i}", x), 2))
+    return x.flatten(1)
+
+
+def resnet(p: Named, x: Tensor) -> Tensor:
+    """As torchvision's, with the mean of the last map."""
+
+    def conv_norm(x: Tensor, block: str, end: str, stride: int) -> Tensor:
+        kernel = p[f"{block}conv{end}/kernel"]
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        return normed(p, f"{block}norm{end}", x)
+
+    x = F.max_pool2d(F.relu(conv_norm(x, "", "", 2)), 3, 2, 1)
+    for name in [name for name in p if name.endswith("conv0/kernel")]:
+        block = name.removesuffix("conv0/kernel")
+        stride = 2 if f"{block}conv_shortcut/kernel" in p else 1
+        y = conv_norm(F.relu(conv_norm(x, block, "0", stride)), block, "1", 1)
+        x = conv_norm(x, block, "_shortcut", stride) if stride == 2 else x
+        x = F.relu(x + y)
+    return x.mean((2, 3))
 
 
 def loss(p: Named, part: Part) -> Tensor:
@@ -259,15 +291,23 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-def has_gpu() -> bool:
-    return torch.cuda.is_available()
+def device() -> str:
+    """Where PyTorch computes: on the GPU if JAX does, too."""
+    import jax
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def peak() -> int | None:
+    """Most bytes of the GPU that tensors have taken so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if device() == "cuda" else None
 
 
 def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def gradient(name: str, problem: Problem) -> dict[str, dict[str, np.ndarray]]:
+def gradient(name: str, problem: Problem) -> dict[str, Any]:
     """The meta-gradient in float64, for comparison."""
     arguments = torch.float64, "cpu"
     p = named(problem, *arguments)

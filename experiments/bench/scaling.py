@@ -8,7 +8,7 @@ import jax
 
 from experiments import plots, store
 from experiments.bench import ours, turns
-from experiments.bench.workloads import Problem
+from experiments.bench.workloads import SINUSOID, Problem
 from experiments.progress import Progress
 
 BASE = Problem(
@@ -20,7 +20,11 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
     "steps": ("inner steps", (1, 2, 5, 10)),
     "image": ("image side", (21, 42, 84)),
     "width": ("channels", (16, 32, 64)),
+    "configurations": ("perceptrons K", (1, 2, 4, 8, 16, 32)),
+    "networks": ("Conv-4s K", (1, 2, 4)),
 }
+"""What is varied. The last two are configurations of one program, of sinusoids and of images."""
+SWEPT = {"configurations": SINUSOID, "networks": BASE._replace(image=(28, 28, 1), keeps=())}
 
 
 def axes() -> dict[str, tuple[str, Sequence[int]]]:
@@ -31,6 +35,8 @@ def axes() -> dict[str, tuple[str, Sequence[int]]]:
 
 def at(axis: str, value: int) -> Problem:
     """The base problem with one of its sizes changed."""
+    if axis in SWEPT:
+        return SWEPT[axis]._replace(configurations=value)
     if axis == "image":
         return BASE._replace(image=(value, value, 3))
     return BASE._replace(**{axis: (0.9,) * value if axis == "keeps" else value})
@@ -47,7 +53,8 @@ def run(folder: Path | None, repeats: int, limit: float) -> int:
         made = {}
         for value in values:
             progress.at(len(rows) + len(made), f"{label} {value}")
-            made[value] = ours.contender(at(axis, value))
+            make = ours.together if axis in SWEPT else ours.contender
+            made[value] = make(at(axis, value))
             made[value].step()
         steps = {str(value): contender.step for value, contender in made.items()}
         taken = turns.take_turns(steps, repeats, limit)
@@ -55,11 +62,13 @@ def run(folder: Path | None, repeats: int, limit: float) -> int:
         for value, contender in made.items():
             row = turns.summary(taken[str(value)], limit)
             row = {"axis": axis, "value": value, **row, "temporary": contender.temporary}
-            rows.append({**row, "compile": contender.compile})
+            rate = value / row["seconds"] if axis in SWEPT else None
+            rows.append({**row, "compile": contender.compile, "per_second": rate})
             memory = (contender.temporary or 0) / 1e6
             print(
                 f"{label:<15} {value:4d}  {row['seconds']:8.4f} s  {row['cpu_seconds']:8.4f} CPU s"
-                f"  {memory:7.1f} MB  compiled in {contender.compile:.1f} s",
+                f"  {memory:7.1f} MB  compiled in {contender.compile:.1f} s"
+                + ("" if rate is None else f"  {rate:.1f} meta-steps of one per s"),
                 flush=True,
             )
     if folder is not None:

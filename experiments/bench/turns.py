@@ -93,6 +93,11 @@ def take_turns(
     return turns
 
 
+def shared(turns: Sequence[Turn], steps: int) -> list[Turn]:
+    """Turns per step where a call was so many."""
+    return [turn._replace(seconds=turn.seconds / steps, cpu=turn.cpu / steps) for turn in turns]
+
+
 def quiet(turns: Sequence[Turn], limit: float) -> list[Turn]:
     """Those in which others took at most `limit`, or nobody knows what they took."""
     return [turn for turn in turns if turn.foreign is None or turn.foreign <= limit]

@@ -1,10 +1,10 @@
 """What `experiments.benchmark` times: problems, weights, tasks, operations. Numpy alone.
 
-Both sides start from these arrays. A weight's name is its path in the parameters of `nets.conv4` or
-`nets.mlp`, with this library's layout (HWIO kernels, dense kernels `[in, out]`).
+Both sides start from these arrays. A weight's name is its path in the parameters of `nets.conv4`,
+`nets.resnet10` or `nets.mlp`, with this library's layout (HWIO kernels, dense kernels `[in, out]`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class Problem(NamedTuple):
 
     Attributes:
       algorithm: "fomaml", "maml" (second order) or "protonet".
-      image: Height, width and channels of Conv-4's images; None: sinusoids and the MLP.
+      image: Height, width and channels of the images; None: sinusoids and the MLP.
       way: Classes.
       shot: Support examples per class (of a sinusoid task: in all).
       queries: As `shot`.
@@ -27,6 +27,9 @@ class Problem(NamedTuple):
       configurations: Runs trained at once, with inner rates of their own; 0: one run.
       dtype: "bfloat16" for this library's maps and products; None: float32.
       devices: Over so many the tasks are spread; 0: over as many as share them evenly.
+      blocks: Basic blocks per stage of a ResNet; 0: Conv-4.
+      chunk: So many meta-steps are one program, which draws and augments its tasks; 0: one step, of
+        given tasks.
     """
 
     algorithm: str
@@ -41,6 +44,8 @@ class Problem(NamedTuple):
     configurations: int = 0
     dtype: str | None = None
     devices: int = 0
+    blocks: int = 0
+    chunk: int = 0
 
 
 LR, OUTER_LR = 0.01, 1e-3
@@ -59,6 +64,8 @@ PROBLEMS = {
     "fomaml-omniglot-20way": FOMAML._replace(image=(28, 28, 1), way=20),
     "fomaml-84-1shot-bfloat16": FOMAML._replace(dtype="bfloat16"),
     "fomaml-mgaug-84-1shot-bfloat16": FOMAML._replace(keeps=KEEPS, dtype="bfloat16"),
+    "fomaml-84-1shot-chunk": FOMAML._replace(chunk=4, devices=1),
+    "resnet10-224-mgaug": FOMAML._replace(image=(224, 224, 3), tasks=1, keeps=KEEPS, blocks=1),
     "maml-sinusoid": SINUSOID,
     "sweep-sinusoid": SINUSOID._replace(configurations=8),
 }
@@ -71,28 +78,81 @@ QUICK = {
 }
 
 
-def weights(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
+class Layer(NamedTuple):
+    """A convolution and the norm behind it.
+
+    Attributes:
+      path: Names on the way to it in the parameters, and what the two are called by at the end.
+      size, inputs, out: Of the kernel.
+      side: Height and width of its map.
+      bias: Whether the convolution has one.
+    """
+
+    path: tuple[str, ...]
+    size: int
+    inputs: int
+    out: int
+    side: tuple[int, int]
+    bias: bool
+
+
+def layers(problem: Problem) -> list[Layer]:
+    """The convolutions of the network, the first one first."""
+    assert problem.image is not None
+    height, width, inputs = problem.image
+    made = []
+    if not problem.blocks:
+        for i in range(4):
+            made.append(Layer((str(i),), 3, inputs, problem.width, (height, width), True))
+            height, width, inputs = height // 2, width // 2, problem.width
+        return made
+    halved = lambda: (-(-height // 2), -(-width // 2))
+    height, width = halved()
+    made.append(Layer(("",), 7, inputs, 64, (height, width), False))
+    height, width = halved()  # the pool
+    inputs = 64
+    for stage in range(4):
+        for i in range(problem.blocks):
+            if stage and not i:
+                height, width = halved()
+            out, name = 64 * 2**stage, f"stage{stage}_block{i}"
+            add = lambda end, size, n: made.append(
+                Layer((name, end), size, n, out, (height, width), False)  # noqa: B023
+            )
+            add("0", 3, inputs)
+            add("1", 3, out)
+            if inputs != out:
+                add("_shortcut", 1, inputs)
+            inputs = out
+    return made
+
+
+def features(problem: Problem) -> int:
+    """Inputs of the head."""
+    last = layers(problem)[-1]
+    return last.out * (1 if problem.blocks else (last.side[0] // 2) * (last.side[1] // 2))
+
+
+def weights(problem: Problem) -> dict[str, Any]:
     """Random weights in the tree of the network's parameters, float64, none of them special."""
     rng = np.random.default_rng(0)
 
-    def layer(*shape: int) -> dict[str, np.ndarray]:
+    def layer(*shape: int, bias: bool = True) -> dict[str, np.ndarray]:
         bound = np.prod(shape[:-1]) ** -0.5
         draw = lambda *shape: rng.uniform(-bound, bound, shape)
-        return {"kernel": draw(*shape), "bias": draw(shape[-1])}
+        return {"kernel": draw(*shape)} | ({"bias": draw(shape[-1])} if bias else {})
 
     if problem.image is None:
         sizes = (1, *HIDDEN)
         tree = {f"dense{i}": layer(*sizes[i : i + 2]) for i in range(len(HIDDEN))}
         return {**tree, "head": layer(HIDDEN[-1], 1)}
-    height, width, channels = problem.image
-    tree = {}
-    for i in range(4):
-        tree[f"conv{i}"] = layer(3, 3, channels, problem.width)
-        scale = rng.uniform(0.5, 1.5, problem.width)
-        tree[f"norm{i}"] = {"scale": scale, "bias": rng.normal(0, 0.1, problem.width)}
-        height, width, channels = height // 2, width // 2, problem.width
+    tree: dict[str, Any] = {}
+    for (*where, end), size, inputs, out, _, bias in layers(problem):
+        at = tree.setdefault(where[0], {}) if where else tree
+        at[f"conv{end}"] = layer(size, size, inputs, out, bias=bias)
+        at[f"norm{end}"] = {"scale": rng.uniform(0.5, 1.5, out), "bias": rng.normal(0, 0.1, out)}
     if problem.algorithm != "protonet":
-        tree["head"] = layer(height * width * channels, problem.way)
+        tree["head"] = layer(features(problem), problem.way)
     return tree
 
 
@@ -128,13 +188,10 @@ def flops(problem: Problem) -> float | None:
     """
     if problem.image is None:
         return None
-    height, width, channels = problem.image
-    forward = []
-    for _ in range(4):
-        forward.append(2 * 9 * height * width * channels * problem.width)
-        height, width, channels = height // 2, width // 2, problem.width
+    convs = layers(problem)
+    forward = [2 * c.size**2 * c.inputs * c.out * c.side[0] * c.side[1] for c in convs]
     if problem.algorithm != "protonet":
-        forward.append(2 * height * width * channels * problem.way)
+        forward.append(2 * features(problem) * problem.way)
     passes = problem.way * (problem.queries + problem.shot * max(problem.steps, 1))
     networks = problem.tasks * (1 + len(problem.keeps))
     return float(networks * passes * (3 * sum(forward) - forward[0]))
