@@ -29,6 +29,8 @@
 #
 # The same text runs as a script, `python -m experiments.pac_bayes`; `PAC_BAYES_SHORT=1` in the
 # environment makes it small, and `PAC_BAYES_OUT=DIR` writes the pictures to a folder.
+# `PAC_BAYES_RUN=DIR` takes the network of a run of `experiments.train` in place of the one trained
+# here (Conv-4 or ResNet-10, a learner that adapts); what the text says of numbers is about ours.
 
 # %%
 import os
@@ -46,10 +48,13 @@ from mgaug_jax.loops import run
 from mgaug_jax.meta import trainer
 
 SHORT = bool(os.environ.get("PAC_BAYES_SHORT"))
+RUN = os.environ.get("PAC_BAYES_RUN")
+made, omega = pruned.trained(RUN) if RUN else (None, None)
 WIDTH, STEPS, TASKS = (4, 2, 4) if SHORT else (8, 200, 200)
 RHOS = (0.0, 0.3) if SHORT else (0.0, 0.1, 0.3)
 STDS = jnp.array([0.02, 0.05, 0.1, 0.3, 1.0])
-WAY, SHOT, QUERIES, DELTA = 5, 1, 15, 0.1
+WAY, SHOT = (made.config.way, made.config.shot) if made else (5, 1)
+QUERIES, DELTA = 15, 0.1
 SAMPLES = WAY * (SHOT + QUERIES)
 CHANCE = 1 - 1 / WAY
 
@@ -134,16 +139,18 @@ pictures.slack(nats, curves)
 # letters of seven others, and "new tasks" means further draws from those letters.
 
 # %%
-train, test = data.load("glyphs", "train"), data.load("glyphs", "test")
-net = nets.conv4(WAY, width=WIDTH, image=(28, 28, 1))
-plain = fomaml(net, lr=0.1, steps=5)
-method = plain if SHORT else cp(keep=0.9, subnets=1)(plain)
-learner = trainer(method, optax.adam(3e-3))
 keys = jax.random.split(jax.random.key(0), 7)
 k_init, k_train, k_tasks, k_reference, k_adapt, k_prune, k_judge = keys
-
-meta_train = jax.jit(lambda *args: run(learner, sampler(WAY, SHOT, 5, 4), *args, steps=STEPS)[0])
-omega = meta_train(k_train, jax.jit(learner.init)(k_init), train).params
+if made:
+    net, plain = made.tested.net, made.tested
+    train, test = made.splits["train"], made.splits["test"]
+else:
+    train, test = data.load("glyphs", "train"), data.load("glyphs", "test")
+    net = nets.conv4(WAY, width=WIDTH, image=(28, 28, 1))
+    plain = fomaml(net, lr=0.1, steps=5)
+    learner = trainer(plain if SHORT else cp(keep=0.9, subnets=1)(plain), optax.adam(3e-3))
+    meta_train = jax.jit(partial(run, learner, sampler(WAY, SHOT, 5, 4), steps=STEPS))
+    omega = meta_train(k_train, jax.jit(learner.init)(k_init), train)[0].params
 
 tasks = jax.jit(sampler(WAY, SHOT, QUERIES, TASKS))(k_tasks, test)
 reference = jax.jit(sampler(WAY, SHOT, 4, 1))(k_reference, train).query.x[0]
@@ -152,7 +159,7 @@ adapted = jax.jit(partial(pruned.adapt, plain, judged))(k_adapt, omega, tasks)
 
 square = optax.tree.norm(omega.net, squared=True)
 print(f"{optax.tree.size(omega.net)} weights, |omega|^2 = {square:.1f}")
-print(f"error on the queries of {TASKS} tasks: {jnp.mean(adapted.held):.3f} (chance {CHANCE})")
+print(f"error on the queries of {TASKS} tasks: {jnp.mean(adapted.held):.3f} (chance {CHANCE:.2f})")
 
 # %% [markdown]
 # Now every law of masks at every rate: the two squared norms
@@ -316,7 +323,7 @@ needs = {name: over_m(*case) for name, case in cases.items()}
 for name, values in needs.items():
     below = ms[values < CHANCE]
     print(f"{name}: below chance from m = {below[0] if len(below) else '(not up to 1e6)'}")
-print("m = 80, centred, whole:")
+print(f"m = {SAMPLES}, centred, whole:")
 for count in (TASKS, 10_000, 1_000_000):
     total = harmed + bounds.environment_term(0.0, count, DELTA)
     total += bounds.task_term(0.0, whole.kl("moved", best.std), SAMPLES, count, DELTA)
@@ -362,7 +369,7 @@ for name, nats in hyper.items():
 held = WAY * QUERIES
 mr_maml = bounds.mr_maml_bound(adapted.held, 0.0, held, TASKS, DELTA)
 error = adapted.held.mean()
-print(f"MR-MAML: {mr_maml:.3f} = {error:.3f} empirical + {mr_maml - error:.3f}; chance {CHANCE}")
+print(f"MR-MAML: {mr_maml:.3f} = {error:.3f} empirical + {mr_maml - error:.3f}; chance {CHANCE:g}")
 print(f"Theorem 1, mildest case: {best.bound.total:.3f}")
 
 # %% [markdown]

@@ -11,11 +11,13 @@ two points more belong to networks with batch norm and to episodes:
   samples scatter no more than those of independent ones (Hoeffding 1963).
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from experiments import cli, loading, runs, store
 from experiments.linear import upper
 from mgaug_jax import bounds, divergences, meta
 from mgaug_jax.divergences import Law, Number
@@ -40,6 +42,20 @@ def fixed_norm(net: Net, reference: Array) -> Net:
     return net._replace(
         apply=lambda params, x: by_first(params, jnp.concatenate([reference, x]), n)[n:]
     )
+
+
+def trained(home: str | Path) -> tuple[runs.Setup, MetaParams]:
+    """A run of `experiments.train`, and its parameters that were best on validation.
+
+    Raises:
+      BadInput: The folder holds no run, or one without classes.
+    """
+    config = store.read_config(Path(home))
+    made = loading.setup(config, say=print)
+    if made.metric != "accuracy":
+        raise cli.BadInput(f"{home} was trained on {config.data}; the bound here counts errors.")
+    store.check_digests(Path(home), made)
+    return made, store.restore(made, Path(home)).best
 
 
 class Adapted(NamedTuple):

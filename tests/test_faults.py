@@ -25,7 +25,18 @@ import optax
 import pytest
 from conftest import few_episodes, make_tasks, refused, start
 
-from experiments import cli, evaluate, loading, metrics, plots, runs, scoring, store, train
+from experiments import (
+    cli,
+    evaluate,
+    loading,
+    metrics,
+    plots,
+    runs,
+    scoring,
+    store,
+    train,
+    training,
+)
 from mgaug_jax import checkpoint, loops, maml, meta, nets, tasks_at_once, trainer
 from mgaug_jax.loops import advance
 from mgaug_jax.losses import squared_error
@@ -292,8 +303,8 @@ def test_an_update_that_is_not_finite_is_left_out_and_its_task_named(skip):
     assert after.step == (4 if skip else 3)
     last = jax.tree.map(lambda rows: np.asarray(rows[3]), info["finite"])
     assert last["loss"].tolist() == [True, False, True]
-    assert train.not_finite(last) == "loss of task 1"
-    assert train.not_finite(jax.tree.map(lambda rows: rows[2], info["finite"])) == ""
+    assert training.not_finite(last) == "loss of task 1"
+    assert training.not_finite(jax.tree.map(lambda rows: rows[2], info["finite"])) == ""
     end, info, filled = go(jax.random.key(5), state, tasks, 8)
     assert filled == (8 if skip else 4)
     assert meta.all_finite(end.params)
@@ -337,9 +348,9 @@ def test_a_gradient_and_a_parameter_that_are_not_finite_are_told_apart():
     _, info = meta_gradient(method, jax.random.key(1), params, tasks)
     finite = jax.tree.map(np.asarray, info["finite"])
     assert finite["loss"].all()
-    assert train.not_finite(finite | {"parameters": np.False_}) == "gradient of task 0, 1"
+    assert training.not_finite(finite | {"parameters": np.False_}) == "gradient of task 0, 1"
     fine = {name: np.ones(2, bool) for name in ("loss", "gradient")}
-    assert "optimiser state" in train.not_finite(fine | {"parameters": np.False_})
+    assert "optimiser state" in training.not_finite(fine | {"parameters": np.False_})
 
 
 # --- one run, in this process ---------------------------------------------------------------
@@ -396,7 +407,7 @@ def test_interrupted_anywhere_and_resumed_is_uninterrupted(
     (tmp_path / "really here").mkdir()
     folder = tmp_path / "link ü"
     folder.symlink_to(tmp_path / "really here")
-    monkeypatch.setattr(train, "chunk_size", lambda seconds: size)
+    monkeypatch.setattr(training, "chunk_size", lambda seconds: size)
     arguments = (*SINES, "--steps=12", "--eval_every=4", f"--out={folder}")
     codes, stops = [], iter([3, 2, 4, 5, 3, 2])
     for _ in range(30):
@@ -421,7 +432,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_done(tmp_path, mon
 
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_cadences_do_not_change_the_run(chunk, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "chunk_size", lambda seconds: chunk)
+    monkeypatch.setattr(training, "chunk_size", lambda seconds: chunk)
     monkeypatch.setattr(metrics.Records, "add", lambda self, *records: None)
     monkeypatch.setattr(plots, "curves", lambda *arguments: None)
     folder = tmp_path / "run"
@@ -657,7 +668,7 @@ def test_an_optimiser_state_that_is_not_finite_is_not_taken():
     finite = jax.tree.map(np.asarray, info["finite"])
     assert finite["loss"].all()
     assert finite["gradient"].all()
-    assert "optimiser state" in train.not_finite(finite)
+    assert "optimiser state" in training.not_finite(finite)
 
 
 # --- processes and signals ------------------------------------------------------------------

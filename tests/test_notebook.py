@@ -16,7 +16,7 @@ import optax
 import pytest
 from conftest import make_tasks, small_conv
 
-from experiments import linear, pruned
+from experiments import cli, linear, loading, pruned, runs, store
 from mgaug_jax import bounds, fomaml, nets
 from mgaug_jax.divergences import LAWS
 from mgaug_jax.losses import accuracy
@@ -70,6 +70,54 @@ def test_notebook_runs(tmp_path):
         assert text in said
     pictures = sorted(path.stem for path in tmp_path.glob("*.png"))
     assert pictures == ["linear", "need", "noise", "slack", "terms"]
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch, glyph_cache):
+    """Folders of runs that are at their beginning, by their data."""
+    monkeypatch.setenv("MGAUG_JAX_CACHE", str(glyph_cache))
+
+    def make(data: str, **other) -> Path:
+        sizes = {"way": 3, "shot": 1, "queries": 2, "tasks": 1, "steps": 1}
+        settings = {
+            "method": "fomaml(lr=0.1,steps=1)|cp(keep=0.9,subnets=1)",
+            "labels": "exclusive",
+        }
+        run = {"data_dir": None, "outer_lr": 1e-3, "eval_every": 1, "seed": 5}
+        config = runs.Config(**(settings | sizes | run | {"data": data} | other))
+        made = loading.setup(config)
+        home = tmp_path / data
+        home.mkdir()
+        store.save(made, home, runs.begin(made))
+        store.write_config(home, made)
+        return home
+
+    return make
+
+
+def test_a_run_is_taken_as_it_is(begun):
+    made, params = pruned.trained(begun("glyphs", net="conv4(width=4)"))
+    assert (made.config.way, made.config.seed) == (3, 5)
+    expected = jax.jit(made.trainer.init)(runs.keys(5)[0]).params
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    home = begun("sinusoid", net=None, method="maml(lr=0.01,steps=1)")
+    with pytest.raises(cli.BadInput, match="trained on sinusoid; the bound here counts errors"):
+        pruned.trained(home)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_notebook_runs_on_a_run(begun):
+    home = begun("glyphs", net="conv4(width=4)")
+    words = {"PAC_BAYES_SHORT": "1", "PAC_BAYES_RUN": str(home), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-m", "experiments.pac_bayes"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(chance 0.67)" in done.stdout  # the run has three ways, the notebook's own five
+    assert "m = 48, centred, whole" in done.stdout
 
 
 @pytest.fixture

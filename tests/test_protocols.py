@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 from conftest import refused, start
 
-from experiments import loading, problem, scoring, train
+from experiments import loading, problem, scoring, train, training
 from experiments.protocols import PROTOCOLS
 from mgaug_jax import episodes
 from mgaug_jax.data import DATASETS
@@ -114,7 +114,9 @@ def test_an_unknown_protocol_is_refused(monkeypatch, capsys):
 
 def test_tests_may_have_their_own_shots_queries_and_steps(tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr(train, "train", lambda *arguments: made.setdefault("setup", arguments[0]))
+    monkeypatch.setattr(
+        training, "train", lambda *arguments: made.setdefault("setup", arguments[0])
+    )
     monkeypatch.setattr(train, "report", lambda *arguments: None)
     monkeypatch.setattr(scoring, "print_results", lambda results: None)
     more = ("--shot=4", "--queries=3", "--test_shot=7", "--test_queries=9", "--test_steps=6")

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, loading, problem, runs
-from experiments.figures import figure, training
+from experiments.figures import figure, judged
 from experiments.figures.figure import Rows, by_seed, text, where
 from experiments.seeds import expand
 
@@ -29,7 +29,7 @@ COLUMNS = ("train_loss_nats", "train_accuracy", "val_loss_nats", "val_accuracy")
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(figure)
-flags.adopt_module_key_flags(training)
+flags.adopt_module_key_flags(judged)
 flags.DEFINE_string("methods", None, "Specs, separated by semicolons. Default: the figure's.")
 
 
@@ -45,7 +45,7 @@ def measure(folder: Path) -> Rows:
     setups = {text: runs.with_method(first, text) for text in specs}
     rows = []
     for name, made in setups.items():
-        rows += [{"method": name, **row} for row in training.history(made, name, "val")]
+        rows += [{"method": name, **row} for row in judged.history(made, name, "val")]
         print(f"trained {name}", flush=True)
     return rows
 

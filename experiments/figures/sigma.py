@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, loading, problem, runs, scoring
-from experiments.figures import figure, training
+from experiments.figures import figure, judged
 from experiments.figures.figure import Rows, by_seed, text, where
 from experiments.seeds import train
 
@@ -34,7 +34,7 @@ flags.DEFINE_string(
     "noise", "noise({},site='outer',relative_to='gradient_rms')", "Spec, {} for the std."
 )
 flags.DEFINE_list("stds", ["0.3", "1", "3"], "Standard deviations, in ascending order.")
-flags.adopt_module_key_flags(training)
+flags.adopt_module_key_flags(judged)
 
 DEFAULTS = {
     "net": "conv4(width=16)",

@@ -18,14 +18,14 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, loading, problem, runs
-from experiments.figures import figure, training
+from experiments.figures import figure, judged
 from experiments.figures.figure import Rows, by_seed, text, where
 
 NEVER = "never"
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(figure)
-flags.adopt_module_key_flags(training)
+flags.adopt_module_key_flags(judged)
 flags.DEFINE_string("mgaug", "cp(keep=0.97,cap=0.99)", "Spec of MGAug.")
 flags.DEFINE_list("starts", ["0", "0.25", "0.5", "0.75"], "Fractions of the run.")
 
@@ -44,7 +44,7 @@ def measure(folder: Path) -> Rows:
     }
     rows = []
     for start, made in setups.items():
-        rows += [{"start": start, **row} for row in training.history(made, f"from {start}", "test")]
+        rows += [{"start": start, **row} for row in judged.history(made, f"from {start}", "test")]
         print(f"trained with MGAug from {start}", flush=True)
     return rows
 
