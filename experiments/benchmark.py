@@ -14,12 +14,13 @@ one run mean something, and on a busy machine that of the processor times with -
 steadiest.
 
 Peers: `loop` (plain eager PyTorch, channels last, one task after another), `torch.func` (vmap over
-tasks; sinusoids and small images alone), `higher` and `torchopt` (FoMAML and MAML) where they are
-installed. learn2learn, parallel-metalearn and jax-meta have no adapter and are not compared, as the
-output says. PyTorch comes with `pip install -e '.[bench]'`; --peers= times this library alone. The
-sweep has no peer: it is a batch of configurations beside the same one after another. What the
-methods of the catalogue cost beside FoMAML is measured by `experiments.catalogue`, one task after
-another beside a batch of them by `experiments.lowering`.
+tasks; sinusoids and small images alone), `higher` and `torchopt` (FoMAML and MAML), `jax-meta`
+(sinusoids) where they are installed. learn2learn and parallel-metalearn have no adapter and are not
+compared, as the output says. PyTorch comes with `pip install -e '.[bench]'`; --peers= times this
+library alone. The sweep has no peer: it is a batch of configurations beside the same one after
+another. What the methods of the catalogue cost beside FoMAML is measured by
+`experiments.catalogue`, the choices of `nets.Lowering` by `experiments.lowering`, and a GPU's step
+is estimated by `experiments.estimate`.
 
 Workloads in bfloat16 have this library's maps and products in it, beside its own and the peers'
 float32. That of a chunk has meta-steps that draw their tasks and augment them: as one program,

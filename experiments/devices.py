@@ -16,7 +16,7 @@ flags.DEFINE_string(
     "mesh",
     None,
     "Spread the work over devices: a number of them, or all. A CPU is divided into that many, at "
-    "most one per core, which makes training faster.",
+    "most one per core, which makes training faster. With --distributed: devices of each process.",
 )
 
 
@@ -47,7 +47,11 @@ def mesh(default: str | None = None) -> Mesh | None:
                 f"--mesh={asked} was asked for, but there are {len(devices)} devices; give a "
                 "number up to that, or all."
             )
-        if jax.process_count() > 1 and int(asked) != len(devices):
-            raise BadInput(f"--mesh={asked}: several processes use all devices; leave it out.")
-        devices = devices[: int(asked)]
+        if jax.process_count() == 1:
+            devices = devices[: int(asked)]
+        elif int(asked) != (own := jax.local_device_count()):
+            raise BadInput(
+                f"--mesh={asked}: of several processes each uses all of its devices, {own} here; "
+                "give that number, or leave it out."
+            )
     return sharding.mesh(devices)

@@ -38,7 +38,9 @@ def test_both_sides_have_the_same_meta_gradient_in_float64(case):
 
     problem = CASES[case]
     mine = ours.gradient(problem)
-    for name in [name for name in ("loop", "torch.func") if peers.PEERS[name].takes(problem)]:
+    for name in [name for name in peers.PEERS if peers.PEERS[name].takes(problem)]:
+        if name in peers.missing():
+            continue
         theirs = peers.gradient(name, problem)
         assert jax.tree.structure(mine) == jax.tree.structure(theirs)
         scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(mine))

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
-from experiments import loading, metrics, runs, store
+from experiments import cli, devices, loading, metrics, runs, store
 from mgaug_jax import checkpoint
 
 HEARTBEAT = 10
@@ -75,7 +76,7 @@ def assert_close(got, want):
 
 def test_two_processes_train_as_one_does(tmp_path):
     both, alone = tmp_path / "both", tmp_path / "alone"
-    codes = end([*two(both, 10, devices=2), launch(alone, 0, 10)])
+    codes = end([*two(both, 10, "--mesh=2", devices=2), launch(alone, 0, 10)])
     assert codes == [0, 0, 0], said(both, 0) + said(both, 1) + said(alone, 0)
     assert_close(saved(both), saved(alone))
     keys = ("step", "loss", "val_mse")
@@ -85,6 +86,23 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert len(metrics.read(both)) == 12  # of one process
     assert "after adaptation" in said(both, 0)
     assert "after adaptation" not in said(both, 1)
+
+
+def test_a_process_of_several_uses_all_of_its_devices(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 4)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    with flagsaver.flagsaver(mesh="4"), pytest.raises(cli.BadInput, match="all of its devices, 2"):
+        devices.mesh()
+
+
+@pytest.mark.slow
+def test_eight_devices_of_one_process_train_as_one_does(tmp_path):
+    spread, alone = tmp_path / "spread", tmp_path / "alone"
+    tasks = "--tasks=8"
+    pair = [launch(spread, 0, 10, tasks, "--mesh=8", devices=8), launch(alone, 0, 10, tasks)]
+    assert end(pair) == [0, 0], said(spread, 0) + said(alone, 0)
+    assert_close(saved(spread), saved(alone))
 
 
 def test_both_are_told_what_the_first_refuses(tmp_path):

@@ -1,7 +1,7 @@
 """PyTorch's side of `experiments.benchmark`: what a careful author writes, and the libraries.
 
 The plain loop is eager, one task after another, channels last, the ReLU on the pooled map. Only
-this module imports torch.
+this module imports torch. jax-meta, which needs none, is in `by_jax_meta`.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.bench import by_jax_meta
 from experiments.bench.workloads import LR, OUTER_LR, Problem, tasks, weights
 
 Named = dict[str, Tensor]
@@ -254,12 +255,12 @@ class Peer(NamedTuple):
 
     Attributes:
       module: What has to be installed beside torch.
-      gradient: `(problem, weights, support, query) -> meta-gradient`.
+      gradient: `(problem, weights, support, query) -> meta-gradient`; None: not by torch.
       takes: Which problems it can do in reasonable time.
     """
 
     module: str
-    gradient: Callable[[Problem, Named, Part, Part], Named]
+    gradient: Callable[[Problem, Named, Part, Part], Named] | None
     takes: Callable[[Problem], bool]
 
 
@@ -276,9 +277,10 @@ PEERS = {
     "torch.func": Peer("torch", vmapped, _small),
     "higher": Peer("higher", by_higher, _plain),
     "torchopt": Peer("torchopt", by_torchopt, _plain),
+    "jax-meta": Peer("jax_meta", None, lambda problem: problem.image is None),
 }
 
-WITHOUT_ADAPTER = ("learn2learn", "parallel-metalearn", "jax-meta")
+WITHOUT_ADAPTER = ("learn2learn", "parallel-metalearn")
 """Peers of the field that nothing here calls."""
 
 
@@ -309,19 +311,24 @@ def use_threads(count: int) -> None:
 
 def gradient(name: str, problem: Problem) -> dict[str, Any]:
     """The meta-gradient in float64, for comparison."""
-    arguments = torch.float64, "cpu"
+    of, arguments = PEERS[name].gradient, (torch.float64, "cpu")
+    if of is None:
+        return by_jax_meta.gradient(problem)
     p = named(problem, *arguments)
-    return tree(PEERS[name].gradient(problem, p, *batches(problem, *arguments)))
+    return tree(of(problem, p, *batches(problem, *arguments)))
 
 
-def step(name: str, problem: Problem, device: str) -> Callable[[], None]:
+def step(name: str, problem: Problem, device: str) -> Callable[[], Any]:
     """A meta-step with Adam, in float32, waited for."""
+    gradient = PEERS[name].gradient
+    if gradient is None:
+        return by_jax_meta.step(problem)
     p = named(problem, torch.float32, device)
     parts = batches(problem, torch.float32, device)
     adam = torch.optim.Adam(p.values(), lr=OUTER_LR, fused=True)
 
     def one() -> None:
-        grads = PEERS[name].gradient(problem, p, *parts)
+        grads = gradient(problem, p, *parts)
         for path, w in p.items():
             w.grad = grads[path]
         adam.step()
