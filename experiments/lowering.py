@@ -60,11 +60,14 @@ PIXELS = (256, 1024, 4096, None)
 
 
 class Row(NamedTuple):
-    """Ways to compute one thing: the same function of the same arguments."""
+    """Ways to compute one thing: the same function of the same arguments, of which the first
+    `fixed` are not differentiated by.
+    """
 
     size: str
     ways: dict[str, Callable[..., Any]]
     args: tuple[Any, ...]
+    fixed: int = 0
 
 
 def convolutions(ways: dict[str, lowering.Lowering]) -> Iterator[Row]:
@@ -94,7 +97,7 @@ def thin() -> Iterator[Row]:
             args = normal((n, side, side, inputs), (3, 3, inputs, out), (out,), (out,))
             choices = {"not written": how._replace(thin=8), "written": how._replace(thin=0)}
             ways = {way: partial(block.block, how=how) for way, how in choices.items()}
-            yield Row(name, ways, args)
+            yield Row(name, ways, args, fixed=1)  # nobody asks for the gradient of images
 
 
 def pools() -> Iterator[Row]:
@@ -149,9 +152,10 @@ def main(arguments: Sequence[str]) -> int:
     rows = []
     for choice in FLAGS.only or CHOICES:
         for row in CHOICES[choice]():
-            passes = {"whole": lambda f: f} if choice == "at_once" else PASSES
-            for direction, of in passes.items():
-                found = timed({way: of(f) for way, f in row.ways.items()}, row.args)
+            both = {way: with_gradient(f, row.fixed) for way, f in row.ways.items()}
+            passes = {"forward": row.ways, "both": both}
+            for direction, ways in ({"whole": row.ways} if choice == "at_once" else passes).items():
+                found = timed(ways, row.args)
                 rows += shown(choice, row.size, direction, found)
                 if folder is not None:
                     store.write_csv(folder / "lowering.csv", rows)
@@ -163,16 +167,14 @@ def normal(*shapes: tuple[int, ...]) -> tuple[Array, ...]:
     return tuple(jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=True))
 
 
-def with_gradient(f: Callable[..., Array]) -> Callable[..., Any]:
-    """Gradients by all arguments."""
+def with_gradient(f: Callable[..., Array], fixed: int = 0) -> Callable[..., Any]:
+    """Gradients by all arguments but the first `fixed`."""
 
     def both(*args: Array):
-        return jax.grad(lambda *a: jnp.sum(jnp.square(f(*a))), tuple(range(len(args))))(*args)
+        total = lambda *args: jnp.sum(jnp.square(f(*args)))
+        return jax.grad(total, tuple(range(fixed, len(args))))(*args)
 
     return both
-
-
-PASSES = {"forward": lambda f: f, "both": with_gradient}
 
 
 def timed(ways: dict[str, Callable[..., Any]], args: tuple[Any, ...]) -> dict[str, dict[str, Any]]:

@@ -132,6 +132,8 @@ def test_two_hosts_stream_their_own_images(tmp_path):
     alone, hosts = tmp_path / "one", tmp_path / "hosts"
     runs = [launch(alone, 0, 2, *images), *two(hosts, 2, *images, "--stream=yes")]
     assert end(runs) == [0] * 3, said(alone, 0) + said(hosts, 0) + said(hosts, 1)
+    taken = said(alone, 0).split("the program takes ")[1].split(" GB, data and state included")[0]
+    assert 417 * 20 * 28 * 28 < float(taken) * 1e9 < 1e9  # all training images, and more
     assert_close(saved(hosts), saved(alone))
 
 
