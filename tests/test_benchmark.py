@@ -167,8 +167,16 @@ def test_the_program_times_this_library_alone(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "benchmark.json").exists()
 
 
-def test_a_chunk_takes_its_steps_and_draws_its_tasks():
-    problem = CASES["fomaml+mgaug"]._replace(image=(16, 16, 3), chunk=2)
+def test_a_chunk_takes_its_steps_and_draws_its_tasks(monkeypatch):
+    def noisy(method):  # photographs' own transforms take minutes to compile
+        move = lambda key, x: x + jax.random.normal(key, x.shape)
+        change = lambda key, task: task._replace(
+            query=task.query._replace(x=move(key, task.query.x))
+        )
+        return method._replace(augment=change)
+
+    monkeypatch.setattr(ours.photo, "photo_augment", lambda mean, std: noisy)
+    problem = workloads.FOMAML._replace(**TINY | {"image": (16, 16, 3)}, steps=1, chunk=2)
     made = ours.sides(problem)
     assert list(made) == ["ours", "ours, each step", "drawing", "and augmenting"]
     state, info, filled = made["ours"].step()
@@ -191,16 +199,20 @@ def test_memory_of_a_gpu_is_the_devices():
     assert benchmark.lines("name", row)[2].split()[5] == "3"
 
 
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_scaling_writes_a_row_and_a_curve_for_every_size(monkeypatch, tmp_path, capsys):
-    base = CASES["fomaml+mgaug"]._replace(devices=1, steps=1, keeps=(0.5,))
-    monkeypatch.setattr(scaling, "BASE", base)
+    monkeypatch.setattr(scaling, "BASE", CASES["sinusoid"]._replace(devices=1))
     small = {"tasks": ("tasks T", (1, 2)), "configurations": ("perceptrons K", (1, 3))}
     monkeypatch.setattr(scaling, "AXES", small)
     monkeypatch.setattr(scaling, "SWEPT", {"configurations": CASES["sinusoid"]})
     monkeypatch.setattr(turns, "turn", lambda call, calls: Turn(0.5, 0.5, 0.0))
     arguments = ("--scaling", "--repeats=1", f"--out={tmp_path}")
     assert start(monkeypatch, benchmark, *arguments) == 0
-    rows = list(csv.DictReader((tmp_path / "scaling.csv").open()))
+    rows = read(tmp_path / "scaling.csv")
     assert [(row["axis"], row["value"]) for row in rows] == [
         ("tasks", "1"),
         ("tasks", "2"),
@@ -208,7 +220,7 @@ def test_scaling_writes_a_row_and_a_curve_for_every_size(monkeypatch, tmp_path, 
         ("configurations", "3"),
     ]
     assert [row["per_second"] for row in rows] == ["", "", "2.0", "6.0"]
-    assert int(rows[1]["temporary"]) >= int(rows[0]["temporary"]) > 0
+    assert int(rows[1]["temporary"]) > int(rows[0]["temporary"]) > 0
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert "6.0 meta-steps of one per s" in capsys.readouterr().out
 
@@ -231,7 +243,7 @@ def test_every_choice_of_lowering_is_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lowering, "PIXELS", (16, None))
     monkeypatch.setattr(turns, "turn", lambda call, calls: Turn(1.0, 1.0, 0.0))
     assert start(monkeypatch, lowering, "--repeats=1", f"--out={tmp_path}") == 0
-    rows = list(csv.DictReader((tmp_path / "lowering.csv").open()))
+    rows = read(tmp_path / "lowering.csv")
     ways = {}
     for row in rows:
         ways.setdefault((row["choice"], row["pass"]), []).append(row["way"])

@@ -218,10 +218,10 @@ CONSTRUCTORS = {
     ),
     "nets.conv4": (
         called(nets.conv4, width=4, image=(16, 16, 1)),
-        ("way", "width", "image", "dtype"),
+        ("way", "width", "image", "dtype", "lowering"),
     ),
     "nets.mlp": (called(nets.mlp, hidden=(4,)), ("hidden", "inputs", "outputs")),
-    "nets.resnet10": (called(nets.resnet10), ("image", "pool", "dtype")),
+    "nets.resnet10": (called(nets.resnet10), ("image", "pool", "dtype", "lowering")),
     "nets.from_functions": (
         called(nets.from_functions, init=NET.init, apply=NET.apply),
         ("init", "apply", "head"),
