@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_count, check_fraction, check_function, check_rate, known
+from mgaug_jax.checks import (
+    check_count,
+    check_fraction,
+    check_function,
+    check_leaves,
+    check_rate,
+    known,
+)
 from mgaug_jax.perturb import outer, outer_update
 from mgaug_jax.types import Array, MetaParams, Method, Modifier, Params, Role, Transform
 
@@ -19,7 +26,7 @@ def l2(weight: float | Array, *, leaves: Callable[[Role], bool] = lambda role: T
       leaves: Which of the network's leaves are pulled, by their roles.
 
     Raises:
-      ValueError: `weight` is negative or not a number, or `leaves` no function.
+      ValueError: `weight` is negative or not a number, or `leaves` no function or matches none.
     """
     check_rate("weight", weight)
     check_function("leaves", leaves, "lambda role: not role.head")
@@ -42,7 +49,7 @@ def weight_decay(
       leaves: As in `l2`.
 
     Raises:
-      ValueError: `rate` is negative or not a number, or `leaves` no function.
+      ValueError: `rate` is negative or not a number, or `leaves` no function or matches none.
     """
     check_rate("rate", rate)
     check_function("leaves", leaves, "lambda role: not role.head")
@@ -146,6 +153,7 @@ def _thresholded(change: Callable[[Array, Array], Array]) -> Modifier:
 
 def _on_leaves(method: Method, leaves, change: Callable[[Array, Array], Array]):
     """A perturbation: `change(gradient or update, weights)` of the chosen leaves of the network."""
+    check_leaves(leaves, method.net.roles)
 
     def perturb(key: Array, grads: MetaParams, params: MetaParams) -> MetaParams:
         del key
