@@ -99,7 +99,8 @@ def rotate_classes(rate: float | Array) -> Modifier:
 
     Every class of a task is a turned one with probability `rate`, all its images by the same angle,
     so that the number of new classes is Binomial(W, rate) as in the source. There a class may be
-    in a task twice, plain and turned, which here it is not.
+    in a task twice, plain and turned, which here it is not. Whether MGAug's row kept the source's
+    photographic transforms and ramp is not known; that it did is our reading (the catalogue's).
 
     Args:
       rate: .25 for mini-ImageNet, .5 for CIFAR-FS; 3/4 makes all four angles alike. 0 leaves the

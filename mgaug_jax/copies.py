@@ -38,7 +38,8 @@ def maxup(
     """The outer loss is the worst over `copies` of the task, each changed by a draw from the pool.
 
     Draws are per task and network, where the released code draws the change once per batch. What a
-    step reports as accuracy is that of the first copy.
+    step reports as accuracy is that of the first copy. How many copies of which pool MGAug's row
+    has is not known; the defaults, the source's, are our reading.
 
     Args:
       pool: Changes; the released six unless given, which take classes: query CutMix, query erase,

@@ -84,6 +84,9 @@ def iterative_hard_thresholding(keep: float | Array, step: Array, *, every: int 
     """After every `every`-th meta-step all but the `keep` largest weights of a layer become 0;
     which they are may change every time. It has the last word on a meta-step, wherever it is put.
 
+    Of the source only the abstract could be read: layer by layer, by magnitude and every 10 steps
+    are our reading.
+
     Args:
       keep: Fraction of a layer's prunable weights that stay.
       step: The meta-step, usually traced.
@@ -103,7 +106,8 @@ def dense_sparse_dense(keep: float | Array, step: Array, *, start: int, stop: in
     others held at 0, and from step `stop` all of them again.
 
     They are 0 between meta-steps, whatever else changes the step: the inner loop moves them still,
-    and the outer optimiser goes on collecting their moments.
+    and the outer optimiser goes on collecting their moments. That, layer
+    by layer and by magnitude, is our reading; of the source only the abstract could be read.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.
