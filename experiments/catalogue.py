@@ -7,7 +7,7 @@
 --list prints name, spec and source of every row. Without it every row is trained for --steps
 meta-steps on glyphs, from one seed: shown are its own objective in the first and the last tenth of
 training, which should fall, and the time of a meta-step relative to FoMAML's, measured after
-compiling, in turns, as the median of five. Writes catalogue.json into --out.
+compiling, in turns: median and range of five. Writes catalogue.json into --out.
 
 The numbers in the specs are the sources'; where a source gives none they are ours, to be tuned.
 Protocols (data, ways, shots, numbers of steps) are not part of a spec, nor are the sizes of the
@@ -120,6 +120,9 @@ BESIDE = """Not in a spec: feedback (perturbation), which trains again on stored
 and intershuffle (meta-augmentation), which is --labels=exclusive. Its target noise is
 shift_targets(), of a regression: --data=sinusoid."""
 
+FEW = 5
+"""Steps that are one program, and are timed."""
+
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("list", False, "Prints the rows and ends.")
 flags.DEFINE_string("spec", None, "Prints the spec of this row and ends.")
@@ -155,13 +158,9 @@ def main(arguments: Sequence[str]) -> int:
             "spec": ROWS[name].spec,
             "before": float(losses[:tenth].mean()),
             "after": float(losses[-tenth:].mean()),
-            "time": relative_time(step, base),
+            "times": relative_times(step, base),
         }
-        found = table[name]
-        print(
-            f"{name}: {found['before']:.3f} -> {found['after']:.3f}, {found['time']:.2f}",
-            flush=True,
-        )
+        print(markdown({name: table[name]})[-1], flush=True)
     store.write_json(folder / "catalogue.json", {"rows": table, "versions": store.versions()})
     print("\n" + "\n".join(markdown(table)))
     return 0
@@ -195,17 +194,19 @@ def trained(made: runs.Setup) -> tuple[Callable[[], Any], np.ndarray]:
     k_init, k_train = runs.keys(made.config.seed)
     state = jax.jit(made.trainer.init)(k_init)
     go = jax.jit(partial(loops.run, made.trainer, made.sample), static_argnames="steps")
-    state, info = go(k_train, state, made.splits["train"], steps=made.config.steps)
-    losses = np.asarray(info["loss"])
+    few = lambda state: jax.block_until_ready(go(k_train, state, made.splits["train"], steps=FEW))
+    parts = []
+    for _ in range(0, made.config.steps, FEW):
+        state, info = few(state)
+        parts.append(np.asarray(info["loss"]))
+    losses = np.concatenate(parts)[: made.config.steps]
     if not np.isfinite(losses).all():
         raise cli.NotFinite(f"{made.config.method}: a loss is not finite. Lower a rate.")
-    few = partial(go, k_train, state, made.splits["train"], steps=5)
-    jax.block_until_ready(few())
-    return lambda: jax.block_until_ready(few()), losses
+    return partial(few, state), losses
 
 
-def relative_time(step: Callable[[], Any], base: Callable[[], Any]) -> float:
-    """Median over five turns of the time of one over the other's."""
+def relative_times(step: Callable[[], Any], base: Callable[[], Any]) -> list[float]:
+    """The time of one over the other's, of five turns in ascending order."""
     ratios = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -213,17 +214,17 @@ def relative_time(step: Callable[[], Any], base: Callable[[], Any]) -> float:
         between = time.perf_counter()
         base()
         ratios.append((between - begin) / (time.perf_counter() - between))
-    return float(np.median(ratios))
+    return sorted(ratios)
 
 
 def markdown(table: dict[str, Any]) -> list[str]:
     """The table, as it can be pasted into a report."""
     lines = ["| row | objective, first tenth | last tenth | time of a step / FoMAML's |"]
     lines.append("| --- | --- | --- | --- |")
-    lines += [
-        f"| {name} | {found['before']:.3f} | {found['after']:.3f} | {found['time']:.2f} |"
-        for name, found in table.items()
-    ]
+    for name, found in table.items():
+        least, _, median, _, most = found["times"]
+        ratio = f"{median:.2f} ({least:.2f} to {most:.2f})"
+        lines.append(f"| {name} | {found['before']:.3f} | {found['after']:.3f} | {ratio} |")
     return lines
 
 
