@@ -7,7 +7,7 @@
 --list prints name, spec and source of every row. Without it every row is trained for --steps
 meta-steps on glyphs, from one seed: shown are its own objective in the first and the last tenth of
 training, which should fall, and the time of a meta-step relative to FoMAML's, measured after
-compiling, in turns, as the median of five. Writes catalogue.json into --out.
+compiling, in turns: median and range of five. Writes catalogue.json into --out.
 
 The numbers in the specs are the sources'; where a source gives none they are ours, to be tuned.
 Protocols (data, ways, shots, numbers of steps) are not part of a spec, nor are the sizes of the
@@ -26,7 +26,7 @@ from absl import flags
 from experiments import cli, loading, runs, store
 from mgaug_jax import loops
 
-FOMAML, PROTONET = "fomaml(lr=0.01,steps=5)", "protonet()"
+FOMAML, MAML, PROTONET = "fomaml(lr=0.01,steps=5)", "maml(lr=0.01,steps=5)", "protonet()"
 
 
 class Row(NamedTuple):
@@ -58,30 +58,70 @@ ROWS: Mapping[str, Row] = {
     "protonet": Row(PROTONET, "MGAug, Table 1"),
     "protonet+aug": Row(f"{PROTONET}|aug()", "MGAug, Table 1, + Aug"),
     "protonet+taskaug": Row(
-        f"{PROTONET}|aug()|rotate_classes(0.25,ramp='linear')", "MGAug, Table 1, + TaskAug"
+        f"{PROTONET}|aug()|rotate_classes(0.25,ramp='linear')",
+        "MGAug, Table 1, + TaskAug; aug and ramp our reading",
     ),
-    "protonet+maxup": Row(f"{PROTONET}|aug()|maxup()", "MGAug, Table 1, + Meta-MaxUp; by task"),
+    "protonet+maxup": Row(
+        f"{PROTONET}|aug()|maxup()", "MGAug, Table 1, + Meta-MaxUp; by task, pool our reading"
+    ),
     "protonet+mgaug-wp": Row(f"{PROTONET}|aug()|wp(keep=0.97,cap=0.99)", "MGAug, Table 1"),
     "protonet+mgaug-pp": Row(f"{PROTONET}|aug()|pp(keep=0.97,cap=0.99)", "MGAug, Table 1"),
     "protonet+mgaug-cp": Row(f"{PROTONET}|aug()|cp(keep=0.97,cap=0.99)", "MGAug, Table 1"),
+    "protonet+duplicate": Row(
+        f"{PROTONET}|aug()|pp(keep=1.0,cap=1.0,subnets=1)", "control: one sub-network, whole"
+    ),
+    "protonet+l2": Row(f"{PROTONET}|aug()|l2(0.001)", "control of every comparison"),
     "fomaml+noise": Row(f"{FOMAML}|noise(1,relative_to='gradient_rms')", "perturbation, inner"),
+    "fomaml+noise-update": Row(
+        f"{FOMAML}|noise(0.01,site='inner_update',relative_to='weight_rms')",
+        "perturbation, on inner updates; the other reading",
+    ),
     "fomaml+noise-outer": Row(
         f"{FOMAML}|noise(1,site='outer',relative_to='gradient_rms')", "perturbation, outer"
     ),
-    "maml": Row("maml(lr=0.01,steps=5)", "MAML"),
+    "fomaml+noise-outer-update": Row(
+        f"{FOMAML}|noise(1,site='outer_update',relative_to='gradient_rms')",
+        "perturbation, on outer updates",
+    ),
+    "maml": Row(MAML, "MAML"),
+    "maml+noise": Row(f"{MAML}|noise(1,relative_to='gradient_rms')", "perturbation, inner"),
+    "maml+noise-update": Row(
+        f"{MAML}|noise(0.01,site='inner_update',relative_to='weight_rms')",
+        "perturbation, on inner updates; the other reading",
+    ),
+    "maml+noise-outer": Row(
+        f"{MAML}|noise(1,site='outer',relative_to='gradient_rms')", "perturbation, outer"
+    ),
+    "maml+graddrop": Row(f"{MAML}|drop_grad(0.1)", "DropGrad"),
+    "maml+l2": Row(f"{MAML}|l2(0.001)", "control of every comparison"),
+    "maml+duplicate": Row(
+        f"{MAML}|pp(keep=1.0,cap=1.0,subnets=1)", "control: one sub-network, whole"
+    ),
+    "maml+mgaug-cp": Row(f"{MAML}|cp(keep=0.98)", "MGAug on second-order MAML"),
     "anil": Row("anil(lr=0.01,steps=5)", "ANIL"),
     "meta-sgd": Row("meta_sgd(lr=0.01,steps=1)", "Meta-SGD"),
     "maml++": Row(
         "lslr(lr=0.01,steps=5)|multi_step_loss(ramp='linear')", "MAML++: rates and loss per step"
     ),
-    "maml+dsd": Row("maml(lr=0.01,steps=5)|dsd(keep=0.5)", "MetaPruning's schedule on MAML"),
-    "maml+iht": Row("maml(lr=0.01,steps=5)|iht(keep=0.5)", "MetaPruning's schedule on MAML"),
-    "reptile+dsd": Row("maml(lr=0.01,steps=5)|reptile()|dsd(keep=0.5)", "MetaPruning, DSD"),
-    "reptile+iht": Row("maml(lr=0.01,steps=5)|reptile()|iht(keep=0.5)", "MetaPruning, IHT"),
-    "maml+intrashuffle": Row("maml(lr=0.01,steps=5)|shuffle_labels()", "meta-augmentation"),
-    "mr-maml": Row("maml(lr=0.01,steps=5)|mr_weights(beta=1e-5)", "MR-MAML(W)"),
-    "mr-maml-a": Row("maml(lr=0.01,steps=5)|mr_activations(beta=1e-2)", "MR-MAML(A); beta ours"),
+    "maml+dsd": Row(f"{MAML}|dsd(keep=0.5)", "MetaPruning's schedule on MAML; our reading"),
+    "maml+iht": Row(f"{MAML}|iht(keep=0.5)", "MetaPruning's schedule on MAML; our reading"),
+    "reptile+dsd": Row(f"{MAML}|reptile()|dsd(keep=0.5)", "MetaPruning, DSD; our reading"),
+    "reptile+iht": Row(f"{MAML}|reptile()|iht(keep=0.5)", "MetaPruning, IHT; our reading"),
+    "maml+intrashuffle": Row(f"{MAML}|shuffle_labels()", "meta-augmentation"),
+    "mr-maml": Row(f"{MAML}|mr_weights(beta=1e-5)", "MR-MAML(W)"),
+    "mr-maml-fresh": Row(
+        f"{MAML}|mr_weights(beta=1e-5)|fresh_optimizer()", "MR-MAML(W), Adam made anew as released"
+    ),
+    "mr-maml-a": Row(f"{MAML}|mr_activations(beta=1e-2)", "MR-MAML(A); beta ours"),
 }
+
+BESIDE = """Not in a spec: feedback (perturbation), which trains again on stored gradients of tests:
+    python -m experiments.feedback --method=SPEC --out=DIR
+and intershuffle (meta-augmentation), which is --labels=exclusive. Its target noise is
+shift_targets(), of a regression: --data=sinusoid."""
+
+FEW = 5
+"""Steps that are one program, and are timed."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("list", False, "Prints the rows and ends.")
@@ -98,6 +138,7 @@ def main(arguments: Sequence[str]) -> int:
         width = max(map(len, ROWS))
         for name, row in ROWS.items():
             print(f"{name:<{width}}  {row.spec:<60}  {row.source}")
+        print(f"\n{BESIDE}")
         return 0
     names = FLAGS.only or list(ROWS)
     for name in [*names, *filter(None, [FLAGS.spec])]:
@@ -117,13 +158,9 @@ def main(arguments: Sequence[str]) -> int:
             "spec": ROWS[name].spec,
             "before": float(losses[:tenth].mean()),
             "after": float(losses[-tenth:].mean()),
-            "time": relative_time(step, base),
+            "times": relative_times(step, base),
         }
-        found = table[name]
-        print(
-            f"{name}: {found['before']:.3f} -> {found['after']:.3f}, {found['time']:.2f}",
-            flush=True,
-        )
+        print(markdown({name: table[name]})[-1], flush=True)
     store.write_json(folder / "catalogue.json", {"rows": table, "versions": store.versions()})
     print("\n" + "\n".join(markdown(table)))
     return 0
@@ -157,17 +194,19 @@ def trained(made: runs.Setup) -> tuple[Callable[[], Any], np.ndarray]:
     k_init, k_train = runs.keys(made.config.seed)
     state = jax.jit(made.trainer.init)(k_init)
     go = jax.jit(partial(loops.run, made.trainer, made.sample), static_argnames="steps")
-    state, info = go(k_train, state, made.splits["train"], steps=made.config.steps)
-    losses = np.asarray(info["loss"])
+    few = lambda state: jax.block_until_ready(go(k_train, state, made.splits["train"], steps=FEW))
+    parts = []
+    for _ in range(0, made.config.steps, FEW):
+        state, info = few(state)
+        parts.append(np.asarray(info["loss"]))
+    losses = np.concatenate(parts)[: made.config.steps]
     if not np.isfinite(losses).all():
         raise cli.NotFinite(f"{made.config.method}: a loss is not finite. Lower a rate.")
-    few = partial(go, k_train, state, made.splits["train"], steps=5)
-    jax.block_until_ready(few())
-    return lambda: jax.block_until_ready(few()), losses
+    return partial(few, state), losses
 
 
-def relative_time(step: Callable[[], Any], base: Callable[[], Any]) -> float:
-    """Median over five turns of the time of one over the other's."""
+def relative_times(step: Callable[[], Any], base: Callable[[], Any]) -> list[float]:
+    """The time of one over the other's, of five turns in ascending order."""
     ratios = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -175,17 +214,17 @@ def relative_time(step: Callable[[], Any], base: Callable[[], Any]) -> float:
         between = time.perf_counter()
         base()
         ratios.append((between - begin) / (time.perf_counter() - between))
-    return float(np.median(ratios))
+    return sorted(ratios)
 
 
 def markdown(table: dict[str, Any]) -> list[str]:
     """The table, as it can be pasted into a report."""
     lines = ["| row | objective, first tenth | last tenth | time of a step / FoMAML's |"]
     lines.append("| --- | --- | --- | --- |")
-    lines += [
-        f"| {name} | {found['before']:.3f} | {found['after']:.3f} | {found['time']:.2f} |"
-        for name, found in table.items()
-    ]
+    for name, found in table.items():
+        least, _, median, _, most = found["times"]
+        ratio = f"{median:.2f} ({least:.2f} to {most:.2f})"
+        lines.append(f"| {name} | {found['before']:.3f} | {found['after']:.3f} | {ratio} |")
     return lines
 
 

@@ -44,18 +44,28 @@ def shuffle_labels() -> Modifier:
       ValueError: The method's loss is the squared error, or (at the first step) the targets are no
         classes.
     """
-    none = "Labels were to be shuffled, but these targets are no classes; use shift_targets."
 
     def change(key: Array, task: Task) -> Task:
-        if task.support.y.shape[-1] < 2:
-            raise ValueError(none)
         order = jax.random.permutation(key, task.support.y.shape[-1])
         return Task(*(part._replace(y=part.y[:, order]) for part in task))
 
+    return _on_classes(
+        change, "Labels were to be shuffled, but these targets are no classes; use shift_targets."
+    )
+
+
+def _on_classes(change: Callable[[Array, Task], Task], refusal: str) -> Modifier:
+    """`augment(change)`, refused where there are no classes."""
+
+    def checked(key: Array, task: Task) -> Task:
+        if task.support.y.shape[-1] < 2:
+            raise ValueError(refusal)
+        return change(key, task)
+
     def modify(method: Method) -> Method:
         if method.algorithm(method.net, method.inner).loss is squared_error:
-            raise ValueError(none)
-        return augment(change)(method)
+            raise ValueError(refusal)
+        return augment(checked)(method)
 
     return modify
 
@@ -89,7 +99,8 @@ def rotate_classes(rate: float | Array) -> Modifier:
 
     Every class of a task is a turned one with probability `rate`, all its images by the same angle,
     so that the number of new classes is Binomial(W, rate) as in the source. There a class may be
-    in a task twice, plain and turned, which here it is not.
+    in a task twice, plain and turned, which here it is not. Whether MGAug's row kept the source's
+    photographic transforms and ramp is not known; that it did is our reading (the catalogue's).
 
     Args:
       rate: .25 for mini-ImageNet, .5 for CIFAR-FS; 3/4 makes all four angles alike. 0 leaves the
@@ -97,12 +108,16 @@ def rotate_classes(rate: float | Array) -> Modifier:
         steps).
 
     Raises:
-      ValueError: `rate` is outside [0, 1], or (at the first step) the images are not square.
+      ValueError: `rate` is outside [0, 1], the method's loss is the squared error, or (at the first
+        step) the targets are no classes or the images not square.
     """
     check_probability("rate", rate, below_one=False)
     if known(rate) == 0:
         return lambda method: method
-    return augment(lambda key, task: turn_classes(key, task, rate))
+    return _on_classes(
+        lambda key, task: turn_classes(key, task, rate),
+        "Classes were to be turned, but these targets are no classes; use shift_targets.",
+    )
 
 
 def turn_classes(key: Array, task: Task, rate: float | Array) -> Task:

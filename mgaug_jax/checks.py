@@ -1,11 +1,12 @@
 """Refusals of what makes no sense; traced values, of which nothing is known, pass."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from mgaug_jax.types import Array
+from mgaug_jax.types import Array, Role
 
 
 def known(value: Any) -> float | None:
@@ -88,6 +89,19 @@ def check_function(name: str, value: Any, example: str) -> None:
     """
     if not callable(value):
         raise ValueError(f"{name} must be a function such as {example}, not {value!r}.")
+
+
+def check_leaves(leaves: Callable[[Role], bool], roles: Any) -> None:
+    """Refuses a choice among a network's leaves, by their roles, that chooses none.
+
+    Raises:
+      ValueError: It chooses none.
+    """
+    if not any(leaves(role) for role in jax.tree.leaves(roles)):
+        raise ValueError(
+            "leaves= chooses none of this network's parameters, so nothing would happen; choose by "
+            "what Net.roles says (prunable, width, head, block), or leave it out."
+        )
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mgaug_jax.augmentations import check_images, turn_classes
 from mgaug_jax.checks import check_count, check_function
 from mgaug_jax.judging import with_judge
+from mgaug_jax.losses import squared_error
 from mgaug_jax.meta import adapted_loss
 from mgaug_jax.types import Array, Examples, Make, MetaParams, Modifier, Net, Task
 
@@ -37,20 +38,23 @@ def maxup(
     """The outer loss is the worst over `copies` of the task, each changed by a draw from the pool.
 
     Draws are per task and network, where the released code draws the change once per batch. What a
-    step reports as accuracy is that of the first copy.
+    step reports as accuracy is that of the first copy. How many copies of which pool MGAug's row
+    has is not known; the defaults, the source's, are our reading.
 
     Args:
-      pool: Changes; the released six unless given: query CutMix, query erase, support erase, large
-        rotation, and the first two with large rotation.
+      pool: Changes; the released six unless given, which take classes: query CutMix, query erase,
+        support erase, large rotation, and the first two with large rotation.
       copies: m; with 1 this is plain augmentation.
       level: `by_task` or `by_query`.
 
     Raises:
-      ValueError: `copies` is not a positive integer, the pool is empty, the outer loss was replaced
-        already, or (at the first step) the pool's changes differ in shape or find no images.
+      ValueError: `copies` is not a positive integer, the pool is empty, or the released one for a
+        regression, the outer loss was replaced already, or (at the first step) the pool's changes
+        differ in shape or find no images.
     """
     check_count("copies", copies)
     check_function("level", level, "copies.by_task")
+    released = pool is None
     pool = default_pool() if pool is None else pool
     if not isinstance(pool, tuple | list):
         raise ValueError(f"pool={pool!r} must be a tuple of changes, as copies.default_pool().")
@@ -72,7 +76,11 @@ def maxup(
         losses, outputs = jax.lax.map(copy, jnp.arange(copies))
         return level(losses), outputs[0]
 
-    return with_judge(judge)
+    return with_judge(
+        judge,
+        lambda net, learner: not (released and learner.loss is squared_error),
+        "maxup's own pool turns classes, but this is a regression; give it another pool.",
+    )
 
 
 def _one_of(pool: Sequence[Change], k_which: Array, k_how: Array, task: Task) -> Task:

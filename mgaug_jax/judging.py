@@ -26,6 +26,7 @@ from mgaug_jax.types import (
     Net,
     Params,
     Task,
+    Wrap,
 )
 
 Law = Callable[[Array], Array]
@@ -210,8 +211,7 @@ def reptile() -> Modifier:
     What else is learned (rates of Meta-SGD) gets no gradient.
 
     Raises:
-      ValueError: The inner loop does not move every weight (at the first step, if what keeps it
-        from that is put on top), or the outer loss was replaced already.
+      ValueError: The inner loop does not move every weight, or the outer loss was replaced already.
     """
 
     def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
@@ -238,27 +238,27 @@ def reptile() -> Modifier:
 def with_judge(
     judge: Judge, fits: Callable[[Net, Learner], bool] = lambda *_: True, refusal: str = ""
 ) -> Modifier:
-    """The method with `judge` for its outer loss, if it `fits`.
+    """The method with `judge` for its outer loss, if it `fits`; so must every learner made later,
+    by a modifier on top.
 
     Raises:
       ValueError: It does not (`refusal`), or the outer loss was replaced already.
     """
 
-    def check(net: Net, learner: Learner) -> None:
-        if not fits(net, learner):
-            raise ValueError(refusal)
-
-    def checked(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
-        check(net, make(net))  # once more, for what a modifier on top has made of the learner
-        return judge(key, net, make, params, task)
-
     def modify(method: Method) -> Method:
-        check(method.net, method.algorithm(method.net, method.inner))
         if method.judge is not None:
             raise ValueError(
                 "Two outer losses were asked for, but a method has one; keep one of metamix, "
                 "multi_step_loss, maxup, reptile and mr_activations."
             )
-        return method._replace(judge=checked)
+
+        def algorithm(net: Net, inner: Wrap) -> Learner:
+            learner = method.algorithm(net, inner)
+            if not fits(net, learner):
+                raise ValueError(refusal)
+            return learner
+
+        algorithm(method.net, method.inner)
+        return method._replace(judge=judge, algorithm=algorithm)
 
     return modify

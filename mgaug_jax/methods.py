@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mgaug_jax.checks import check_count, check_function, check_kind, check_rate
+from mgaug_jax.checks import check_count, check_function, check_kind, check_leaves, check_rate
 from mgaug_jax.learners import descend, prototypes, transductive
 from mgaug_jax.losses import cross_entropy
 from mgaug_jax.perturb import before
@@ -89,7 +89,8 @@ def freeze(leaves: Callable[[Role], bool]) -> Modifier:
     """The inner loop moves no weight whose role is among `leaves`; the outer loop does.
 
     Raises:
-      ValueError: `leaves` is no function.
+      ValueError: `leaves` is no function or matches none, or the method's outer loss needs an inner
+        loop that moves every weight.
     """
     check_function("leaves", leaves, "lambda role: not role.head")
 
@@ -97,9 +98,12 @@ def freeze(leaves: Callable[[Role], bool]) -> Modifier:
         return dataclasses.replace(role, fixed=role.fixed or leaves(role))
 
     def modify(method: Method) -> Method:
+        check_leaves(leaves, method.net.roles)
+
         def algorithm(net: Net, inner: Wrap) -> Learner:
             return method.algorithm(net._replace(roles=jax.tree.map(fixed, net.roles)), inner)
 
+        algorithm(method.net, method.inner)  # an outer loss that needs every weight refuses here
         return method._replace(algorithm=algorithm)
 
     return modify

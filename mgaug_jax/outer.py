@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mgaug_jax.checks import check_count, check_fraction, check_function, check_rate, known
+from mgaug_jax.checks import (
+    check_count,
+    check_fraction,
+    check_function,
+    check_leaves,
+    check_rate,
+    known,
+)
 from mgaug_jax.perturb import outer, outer_update
 from mgaug_jax.types import Array, MetaParams, Method, Modifier, Params, Role, Transform
 
@@ -19,7 +26,7 @@ def l2(weight: float | Array, *, leaves: Callable[[Role], bool] = lambda role: T
       leaves: Which of the network's leaves are pulled, by their roles.
 
     Raises:
-      ValueError: `weight` is negative or not a number, or `leaves` no function.
+      ValueError: `weight` is negative or not a number, or `leaves` no function or matches none.
     """
     check_rate("weight", weight)
     check_function("leaves", leaves, "lambda role: not role.head")
@@ -42,7 +49,7 @@ def weight_decay(
       leaves: As in `l2`.
 
     Raises:
-      ValueError: `rate` is negative or not a number, or `leaves` no function.
+      ValueError: `rate` is negative or not a number, or `leaves` no function or matches none.
     """
     check_rate("rate", rate)
     check_function("leaves", leaves, "lambda role: not role.head")
@@ -77,6 +84,9 @@ def iterative_hard_thresholding(keep: float | Array, step: Array, *, every: int 
     """After every `every`-th meta-step all but the `keep` largest weights of a layer become 0;
     which they are may change every time. It has the last word on a meta-step, wherever it is put.
 
+    Of the source only the abstract could be read: layer by layer, by magnitude and every 10 steps
+    are our reading.
+
     Args:
       keep: Fraction of a layer's prunable weights that stay.
       step: The meta-step, usually traced.
@@ -96,7 +106,8 @@ def dense_sparse_dense(keep: float | Array, step: Array, *, start: int, stop: in
     others held at 0, and from step `stop` all of them again.
 
     They are 0 between meta-steps, whatever else changes the step: the inner loop moves them still,
-    and the outer optimiser goes on collecting their moments.
+    and the outer optimiser goes on collecting their moments. That, layer
+    by layer and by magnitude, is our reading; of the source only the abstract could be read.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.
@@ -146,6 +157,7 @@ def _thresholded(change: Callable[[Array, Array], Array]) -> Modifier:
 
 def _on_leaves(method: Method, leaves, change: Callable[[Array, Array], Array]):
     """A perturbation: `change(gradient or update, weights)` of the chosen leaves of the network."""
+    check_leaves(leaves, method.net.roles)
 
     def perturb(key: Array, grads: MetaParams, params: MetaParams) -> MetaParams:
         del key

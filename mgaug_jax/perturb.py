@@ -256,6 +256,8 @@ def drop_grad(
 ) -> Modifier:
     """DropGrad (Tseng et al. 2020), MGAug's "GradDrop": `g * n` entry by entry, `E n = 1`.
 
+    Which form and site MGAug's row has is not known; that it is the original is our reading.
+
     Args:
       rate: p, in [0, 1); the variance of n is p / (1 - p) in both forms. 0 changes nothing.
       site: `inner` (original); MGAug's text reads like `outer`.

@@ -203,7 +203,9 @@ def width(key: Array, net: Net, params: Params, probe: Probe, keep: Array) -> Pa
     """WP: keeps the first round(C keep) channels of every hidden layer, at least one.
 
     Kernel outputs, biases and batch-norm parameters of the other channels are masked, so their
-    activations are zero and the sub-network equals one with the channels cut out (GradAug).
+    activations are zero and the sub-network equals one with the channels cut out (GradAug). GradAug
+    adds a channel where rounding leaves fewer than .9 C keep, which it does at 4 and fewer alone;
+    our reading of MGAug, which names the fraction, leaves that out.
     """
     del key, probe
 

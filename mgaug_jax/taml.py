@@ -84,7 +84,8 @@ def log_variance(losses: Array) -> Array:
 
 
 def inequality(weight: float | Array, *, index: Index = theil) -> Modifier:
-    """TAML by inequality: the objective plus `weight index(losses of the initial network)`.
+    """TAML by inequality: the objective plus `weight index(losses of the initial network)`, of the
+    query (our reading), each at least 1e-6 (ours).
 
     Args:
       weight: lambda; 0 leaves the method as it is. May be traced.
@@ -105,7 +106,7 @@ def inequality(weight: float | Array, *, index: Index = theil) -> Modifier:
 
 def entropy(weight: float | Array) -> Modifier:
     """TAML by entropy: the objective plus `weight (H(adapted) - H(initial))`, H the mean entropy of
-    the query predictions in nats.
+    the predictions of the query (our reading) in nats.
 
     Raises:
       ValueError: `weight` is negative or not a number, the method has no inner steps, or its loss

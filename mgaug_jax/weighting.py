@@ -58,7 +58,16 @@ def probe_gradients(
 
 
 def cosine(a: MetaParams, b: MetaParams) -> Array:
-    """`<a, b> / (|a| |b|)` of two trees, each as one flat vector; 0 if either is 0."""
+    """`<a, b> / (|a| |b|)` of two trees, each as one flat vector; 0 if either is 0.
+
+    Raises:
+      ValueError: The trees differ.
+    """
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        raise ValueError(
+            "The stored gradients are of other parameters than the method has; take them by "
+            "probe_gradients of the whole method, mr_weights and the like included."
+        )
     norms = optax.tree.norm(a) * optax.tree.norm(b)
     return jnp.where(norms > 0, optax.tree.vdot(a, b) / norms, 0)
 

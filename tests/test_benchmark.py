@@ -2,11 +2,14 @@
 
 import csv
 import importlib.util
+import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from conftest import refused, start
 
 from experiments import benchmark, estimate, lowering
@@ -144,13 +147,13 @@ def test_the_table_shows_what_was_measured():
     }
     row = {
         "errors": {"loop": 3e-15},
-        "memory": {"ours": {"peak": 1_234_000_000}, "loop": None},
+        "memory": {"ours": {"peak": 1_234_000_000, "cached": 567_000_000}, "loop": None},
         "sides": sides,
         "ratios": benchmark.ratios(sides),
     }
     text = benchmark.lines("name", row)
     assert "3e-15" in text[1]
-    assert text[3].split() == "ours 2.0000 2.0000 2.0000 2.0000 25.0% 1234 7.0 0% 3/4".split()
+    assert text[3].split() == "ours 2.0000 2.0000 2.0000 2.0000 25.0% 1234 567 7.0 0% 3/4".split()
     assert text[4].split() == "loop 3.0000 3.0000 3.0000 3.0000 1.50 1.50 50% 3/3 !".split()
     assert "quiet" in text[5]
 
@@ -190,6 +193,24 @@ def test_a_chunk_takes_its_steps_and_draws_its_tasks(monkeypatch):
 def test_a_chunk_is_compared_to_no_peer():
     assert benchmark.chosen(CASES["sinusoid"]._replace(chunk=2), None) == []
     assert benchmark.chosen(CASES["sinusoid"]._replace(configurations=2), None) == []
+
+
+def test_memory_is_measured_with_compiling_and_without(monkeypatch):
+    given = []
+
+    def started(command, env, **_):
+        given.append((command[-2], env["JAX_COMPILATION_CACHE_DIR"]))
+        said = json.dumps({"peak": 9 - len(given), "before": 1})
+        return subprocess.CompletedProcess(command, 0, stdout=f"noise\n{said}\n")
+
+    monkeypatch.setattr(subprocess, "run", started)
+    with flagsaver.flagsaver():
+        benchmark.FLAGS(["benchmark"])
+        found = benchmark.peak_memory("ours", "maml-sinusoid")
+        assert found == {"peak": 8, "before": 1, "cached": 7}
+        assert given[0] == given[1]
+        assert benchmark.peak_memory("loop", "maml-sinusoid") == {"peak": 6, "before": 1}
+    assert len(given) == 3
 
 
 def test_memory_of_a_gpu_is_the_devices():

@@ -239,6 +239,13 @@ def test_feedback_twice_is_refused():
         change(change(method))
 
 
+def test_stored_gradients_of_other_parameters_are_refused():
+    method, other = maml(mlp(), steps=1), meta_sgd(mlp())
+    params, tasks, tests = problem(method)
+    with pytest.raises(ValueError, match="of other parameters than the method has"):
+        gradient(feedback(stored_of(method, params, tests))(other), problem(other)[0], tasks)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), "warm"])
 def test_a_temperature_that_is_none_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature="):

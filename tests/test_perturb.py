@@ -9,19 +9,18 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_tasks
+from grid import ALGORITHMS, mlp, small
 
 from mgaug_jax import (
     anil,
     cp,
     drop_grad,
     evaluate,
-    feedback,
     first_order,
     fomaml,
     l2,
     maml,
     meta_gradient,
-    meta_sgd,
     nets,
     noise,
     perturb,
@@ -29,11 +28,9 @@ from mgaug_jax import (
     protonet,
     trainer,
     view,
-    wp,
 )
 from mgaug_jax.losses import squared_error
 from mgaug_jax.meta import subnet
-from mgaug_jax.modifiers import compose
 from mgaug_jax.nets.adapters import net_of
 from mgaug_jax.nets.backbones import ConvNet, conv_roles
 from mgaug_jax.types import Examples, MetaParams, Task
@@ -76,11 +73,6 @@ def adapted(method, key, params, task):
 
 def tiny(way=3):
     return net_of(ConvNet(way, 4, 1), (8, 8, 1), conv_roles)
-
-
-def mlp(outputs=3):
-    inner = nets.mlp((6,), inputs=64, outputs=outputs)
-    return inner._replace(apply=lambda params, x: inner.apply(params, x.reshape(len(x), -1)))
 
 
 def floats(tree):
@@ -380,13 +372,6 @@ def test_sigma_settles_where_memory_ends(x64):
 
 # --- identities -----------------------------------------------------------------------------
 
-ALGORITHMS = {
-    "maml": lambda: maml(mlp(), lr=0.1, steps=2),
-    "fomaml": lambda: fomaml(mlp(), lr=0.1, steps=2),
-    "anil": lambda: anil(mlp(), lr=0.1, steps=2),
-    "meta_sgd": lambda: meta_sgd(mlp(), lr=0.1),
-    "protonet": lambda: protonet(mlp()),
-}
 ZEROS = {
     **{f"noise-{site}": lambda zero, site=site: noise(zero, site=SITES[site]) for site in SITES},
     "noise-rms": lambda zero: noise(zero, relative_to=perturb.gradient_rms),
@@ -405,7 +390,7 @@ def has_site(algorithm, change):
 @pytest.mark.parametrize("change", ZEROS)
 def test_zero_changes_no_bit(change):
     for algorithm in filter(lambda name: has_site(name, change), ALGORITHMS):
-        method = cp(keep=0.7, subnets=2)(ALGORITHMS[algorithm]())
+        method = cp(keep=0.7, subnets=2)(small(algorithm))
         for zero in (0, 0.0, jnp.zeros(())):
             assert ZEROS[change](zero)(method) is method  # hence the same program
 
@@ -431,7 +416,7 @@ def test_a_traced_sigma_of_zero_adds_no_bit(distribution, relative_to):
 
 @pytest.mark.parametrize("change", ZEROS)
 def test_a_traced_zero_is_the_plain_method(x64, change):
-    method = cp(keep=0.7, subnets=1)(ALGORITHMS["maml"]())
+    method = cp(keep=0.7, subnets=1)(small("maml"))
     tasks = floats(make_tasks(jax.random.key(1), 2, queries=3, shape=(8, 8, 1)))
     state = trainer(method, optax.sgd(1e-2)).init(jax.random.key(2))
     state = state._replace(params=floats(state.params))
@@ -535,69 +520,6 @@ def test_l2_adds_the_weights_to_the_meta_gradient(x64):
 
 
 # --- composition ----------------------------------------------------------------------------
-
-PRUNERS = {"none": lambda m: m, "wp": wp(keep=0.5), "pp": pp(keep=0.5), "cp": cp(keep=0.5)}
-CHANGES = {
-    "noise": noise(0.1),
-    "noise-update": noise(0.1, site=perturb.inner_update, relative_to=perturb.weight_rms),
-    "noise-outer": noise(0.1, site=perturb.outer, relative_to=perturb.gradient_rms),
-    "drop-inner": drop_grad(0.1),
-    "drop-outer": drop_grad(0.1, site=perturb.outer, factors=perturb.bernoulli_factors),
-    "l2": l2(1e-3),
-    "noise-outer-update": noise(0.1, site=perturb.outer_update),
-    "noise-test": noise(0.1, site=perturb.test),
-    "first-order": first_order,
-    "feedback": lambda method: feedback(shapes_of_one(method))(method),
-}
-INNER = {"noise", "noise-update", "drop-inner", "noise-test", "first-order"}
-
-
-def shapes_of_one(method):
-    """Stored gradients, all ones, of one test task."""
-    params = jax.eval_shape(method.algorithm(method.net, method.inner).init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), params)
-
-
-SINGLES = [(name,) for name in CHANGES]
-PAIRS = list(itertools.combinations(CHANGES, 2))
-
-
-def check_traces(algorithm, pruner, names):
-    """A step keeps the state's shapes, or the method is refused where it has no inner loop."""
-    base = PRUNERS[pruner](ALGORITHMS[algorithm]())
-    change = compose(*(CHANGES[name] for name in reversed(names)))
-    if algorithm == "protonet" and INNER & set(names):
-        with pytest.raises(ValueError, match=r"protonet has no inner loop.*site"):
-            change(base)
-        return
-    tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
-    learner = trainer(change(base), optax.adam(1e-3))
-    state = jax.eval_shape(learner.init, jax.random.key(0))
-    after, info = jax.eval_shape(learner.step, jax.random.key(0), state, tasks)
-    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-    assert shapes(after) == shapes(state)
-    assert info["loss"].shape == ()
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_every_change_traces_with_every_algorithm_and_pruner(algorithm, pruner):
-    for names in SINGLES:
-        check_traces(algorithm, pruner, names)
-
-
-@pytest.mark.parametrize(("algorithm", "pruner"), [("maml", "cp"), ("protonet", "none")])
-def test_every_pair_of_changes_traces(algorithm, pruner):
-    for names in PAIRS:
-        check_traces(algorithm, pruner, names)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_the_full_grid_traces(algorithm, pruner):
-    for names in PAIRS:
-        check_traces(algorithm, pruner, names)
 
 
 @pytest.mark.parametrize(("site", "around"), [("inner", "grad"), ("inner_update", "update")])

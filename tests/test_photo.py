@@ -244,6 +244,31 @@ def test_jitter_draws_three_independent_factors(monkeypatch):
     np.testing.assert_allclose(np.corrcoef(factors.T), np.eye(3), atol=0.06)
 
 
+@pytest.mark.usefixtures("quick_compile")
+def test_baseline_crops_then_jitters_then_flips_as_pillow_does():
+    """Baseline++'s order, each with its own part of the key."""
+    Image, ImageEnhance = (pytest.importorskip(f"PIL.{name}") for name in ("Image", "ImageEnhance"))
+    x, side, flipped = images(20, 40, (24, 24, 3)), 24, 0
+    keys = lambda: jax.random.split(jax.random.key(21), len(x))
+    got = jax.jit(jax.vmap(photo.baseline))(keys(), floats(x))
+    for key, image, mine in zip(keys(), x, got, strict=True):
+        k_crop, k_jitter, k_flip = jax.random.split(key, 3)
+        top, left, height, width = map(int, photo.crop_box(k_crop, side, side))
+        want = pil(image).crop((left, top, left + width, top + height))
+        want = want.resize((side, height), Image.Resampling.BILINEAR)  # as `crop`, side by side
+        want = want.resize((side, side), Image.Resampling.BILINEAR)
+        factors = 0.6 + 0.8 * np.asarray(jax.random.uniform(k_jitter, (3,), jnp.float32))
+        steps = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for step, factor in zip(steps, factors, strict=True):
+            want = step(want).enhance(float(factor))
+        if jax.random.bernoulli(k_flip):
+            want, flipped = want.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flipped + 1
+        # a factor rounded otherwise in its last bit is worth one grey level
+        np.testing.assert_allclose(mine, array(want), atol=1)
+        assert (np.asarray(mine) == array(want)).mean() > 0.99
+    assert 5 < flipped < 35
+
+
 # --- tasks ----------------------------------------------------------------------------------
 
 

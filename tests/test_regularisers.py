@@ -10,20 +10,20 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_tasks
+from grid import mlp
 
 from mgaug_jax import (
     anil,
     augment,
     copies,
-    cp,
     fomaml,
     freeze,
     fresh_optimizer,
+    l2,
     lslr,
     maml,
     maxup,
     meta_gradient,
-    meta_sgd,
     metamix,
     mr_activations,
     mr_weights,
@@ -41,11 +41,10 @@ from mgaug_jax import (
     taml,
     trainer,
     weight_decay,
-    wp,
 )
 from mgaug_jax.augmentations import turn
 from mgaug_jax.bottleneck import divergence
-from mgaug_jax.judging import donors, in_group
+from mgaug_jax.judging import beta_law, donors, in_group
 from mgaug_jax.learners import inductive
 from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.meta import subnet, task_keys, view
@@ -59,16 +58,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def zero():
     """A key that was not used yet."""
     return jax.random.key(0)
-
-
-def mlp(outputs=3, hidden=(6, 5)):
-    """A network of two blocks on flattened images."""
-    inner = nets.mlp(hidden, inputs=64, outputs=outputs)
-    flat = lambda x: x.reshape(len(x), -1)
-    return inner._replace(
-        apply=lambda params, x: inner.apply(params, flat(x)),
-        part=lambda params, x, first, last: inner.part(params, flat(x), first, last),
-    )
 
 
 def conv(way=3):
@@ -190,6 +179,16 @@ def test_a_fresh_adam_steps_by_the_sign(x64):
             np.where(g == 0, m, a), m, rtol=1e-9, atol=1e-12
         )
         jax.tree.map(check, after, moved, grads.net)
+
+
+@pytest.mark.parametrize("make", [partial(l2, 0.1), partial(weight_decay, 0.1), freeze])
+def test_a_choice_of_leaves_that_chooses_none_is_refused(make):
+    net = nets.from_functions(lambda key: {"w": jnp.ones((3, 1))}, lambda p, x: x @ p["w"])
+    with pytest.raises(
+        ValueError, match=r"chooses none of this network's parameters.*leave it out"
+    ):
+        make(leaves=lambda role: role.head)(maml(net))
+    make(leaves=lambda role: role.head)(maml(mlp()))
 
 
 def largest(w, keep):
@@ -446,6 +445,19 @@ def test_lambda_one_is_the_plain_query_loss(x64, net, pruner):
     tasks, params = batch(), params_of(method)
     mixed = metamix(law=lambda key: jnp.ones(()))(method)
     assert_close(gradient(mixed, params, tasks), gradient(method, params, tasks))
+
+
+@pytest.mark.parametrize("alpha", [2.0, 0.5])
+def test_lambda_has_the_moments_of_its_beta_law(alpha):
+    n = 100_000
+    keys = jax.random.split(zero(), n)
+    lam = np.asarray(jax.jit(jax.vmap(beta_law(alpha)))(keys), np.float64)
+    # E lambda^i (1 - lambda)^i = prod_j<i (alpha + j)^2 / prod_j<2i (2 alpha + j)
+    moment = lambda i: np.prod((alpha + np.arange(i)) ** 2) / np.prod(2 * alpha + np.arange(2 * i))
+    assert abs(lam.mean() - 0.5) < 4 * (0.25 / (2 * alpha + 1) / n) ** 0.5
+    for i in (1, 2):
+        error = (moment(2 * i) - moment(i) ** 2) ** 0.5 / n**0.5
+        assert abs(((lam * (1 - lam)) ** i).mean() - moment(i)) < 4 * error
 
 
 @pytest.mark.parametrize(("net", "queries"), [("mlp", 1), ("mlp", 3), ("conv", 2)])
@@ -920,8 +932,9 @@ def test_labels_and_targets_are_not_mistaken_for_each_other():
     with pytest.raises(ValueError, match="use shuffle_labels"):
         shift_targets()(maml(mlp()))
     part = Examples(jnp.zeros((2, 3, 1)), jnp.zeros((2, 3, 1)))
-    with pytest.raises(ValueError, match="use shift_targets"):
-        changed(shuffle_labels(), Task(part, part))
+    for change in (shuffle_labels(), rotate_classes(0.5)):
+        with pytest.raises(ValueError, match="no classes; use shift_targets"):
+            changed(change, Task(part, part))
 
 
 def test_turning_needs_square_images():
@@ -969,99 +982,6 @@ def test_a_change_of_no_strength_leaves_all_draws_as_they_are(x64, change):
     found = jax.jit(lambda rate: gradient(change(rate)(method), params, tasks)[0])(jnp.zeros(()))
     assert_close(found, gradient(method, params, tasks)[0])
     assert change(0.0)(method) is method
-
-
-# --- composition ----------------------------------------------------------------------------
-
-ALGORITHMS = {
-    "maml": lambda: maml(mlp(), lr=0.1, steps=2),
-    "fomaml": lambda: fomaml(mlp(), lr=0.1, steps=2),
-    "anil": lambda: anil(mlp(), lr=0.1, steps=2),
-    "meta_sgd": lambda: meta_sgd(mlp(), lr=0.1),
-    "lslr": lambda: lslr(mlp(), lr=0.1, steps=2),
-    "protonet": lambda: protonet(mlp()),
-}
-PRUNERS = {"none": lambda m: m, "wp": wp(keep=0.5), "pp": pp(keep=0.5), "cp": cp(keep=0.5)}
-CHANGES = {
-    "weight_decay": weight_decay(1e-3),
-    "fresh": fresh_optimizer,
-    "iht": outer.iterative_hard_thresholding(0.5, jnp.zeros((), jnp.int32)),
-    "dsd": outer.dense_sparse_dense(0.5, jnp.zeros((), jnp.int32), start=1, stop=2),
-    "inequality": taml.inequality(0.1),
-    "entropy": taml.entropy(0.1),
-    "metamix": metamix(),
-    "channel_shuffle": metamix(shuffle=0.5),
-    "multi_step": multi_step_loss(),
-    "maxup": maxup(copies=2),
-    "reptile": reptile(),
-    "mr_weights": mr_weights(1e-4),
-    "mr_activations": mr_activations(1e-4),
-    "shuffle": shuffle_labels(),
-    "rotate": rotate_classes(0.5),
-    "noise": noise(0.1),
-    "noise-outer": noise(0.1, site=perturb.outer),
-}
-ENCODERS = {"mr_weights", "mr_activations"}
-JUDGES = {"metamix", "channel_shuffle", "multi_step", "maxup", "reptile", "mr_activations"}
-INNER = (JUDGES - {"maxup"}) | ENCODERS | {"noise", "entropy"}
-
-
-def meaningless(algorithm, names) -> bool:
-    names = set(names)
-    return bool(
-        (algorithm == "protonet" and INNER & names)
-        or (algorithm == "anil" and ({"reptile"} | ENCODERS) & names)
-        or ("reptile" in names and ENCODERS & names)
-        or names >= ENCODERS
-        or len(JUDGES & names) > 1
-    )
-
-
-def trace(algorithm, pruner, names):
-    method = PRUNERS[pruner](ALGORITHMS[algorithm]())
-    for name in names:
-        method = CHANGES[name](method)
-    tasks = make_tasks(jax.random.key(1), 2, shape=(8, 8, 1))
-    learner = trainer(method, optax.adam(1e-3))
-    state = jax.eval_shape(learner.init, zero())
-    after, info = jax.eval_shape(learner.step, zero(), state, tasks)
-    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-    assert shapes(after) == shapes(state)
-    assert info["loss"].shape == ()
-
-
-def check_traces(algorithm, pruner, names):
-    """A step keeps the state's shapes, or what makes no sense is refused with a sentence."""
-    if not meaningless(algorithm, names):
-        return trace(algorithm, pruner, names)
-    with pytest.raises(ValueError, match=r"use maml|or maml|not protonet|protonet has|Two outer"):
-        trace(algorithm, pruner, names)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_change_traces_with_every_algorithm(algorithm):
-    for name in CHANGES:
-        check_traces(algorithm, "none", [name])
-
-
-@pytest.mark.parametrize("pruner", ["wp", "pp", "cp"])
-def test_every_change_traces_over_every_pruner(pruner):
-    for name in CHANGES:
-        check_traces("maml", pruner, [name])
-
-
-@pytest.mark.parametrize("second", list(CHANGES)[1:])
-def test_every_pair_of_changes_traces(second):
-    for first in itertools.takewhile(lambda name: name != second, CHANGES):
-        check_traces("maml", "cp", (first, second))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_the_full_grid_traces(algorithm, pruner):
-    for names in itertools.permutations(CHANGES, 2):
-        check_traces(algorithm, pruner, names)
 
 
 # --- Meta-MaxUp and Reptile ------------------------------------------------------------------
@@ -1139,6 +1059,29 @@ def test_cutmix_pastes_a_box_and_mixes_labels_by_its_share():
     assert 0.2 < np.mean(shares) < 0.5  # E (1 - lambda) = 1/2, less what the border cuts off
 
 
+def test_the_share_that_cutmix_pastes_follows_beta_2_2():
+    """Mean, variance and deciles, against boxes that numpy draws, cuts off and counts."""
+    side, n = 24, 6000
+    pair = Examples(jnp.stack([jnp.zeros((side, side, 1)), jnp.ones((side, side, 1))]), jnp.eye(2))
+    after = jax.jit(jax.vmap(lambda key: copies.cutmix(key, pair)))(jax.random.split(zero(), n))
+    share = np.asarray(after.x[:, 0].mean((1, 2, 3)))
+    assert bool((after.x[:, 0] + after.x[:, 1] == 1).all())  # one box for both
+    np.testing.assert_allclose(after.y[:, 0, 1], share, atol=1e-6)
+    rng, want = np.random.default_rng(0), []
+    for _ in range(60_000):
+        length = round(np.sqrt(1 - rng.beta(2, 2)) * side)
+        starts = np.floor(rng.uniform(0, side, 2) - length / 2 + 0.5)
+        inside = np.minimum(starts + length, side) - np.maximum(starts, 0)
+        want.append(np.prod(inside) / side**2)
+    want = np.array(want)
+    share = share[share > 0]  # half of the permutations of two exchange nothing
+    assert abs(len(share) - n / 2) < 4.5 * n**0.5 / 2
+    assert abs(share.mean() - want.mean()) < 4.5 * want.std() / len(share) ** 0.5
+    assert abs(share.var() / want.var() - 1) < 0.12
+    tenths = np.linspace(0.1, 0.9, 9)
+    np.testing.assert_allclose(np.quantile(share, tenths), np.quantile(want, tenths), atol=0.02)
+
+
 def test_erase_blanks_a_box_of_half_of_the_images():
     before = images(400, 16)
     after = np.asarray(jax.jit(copies.erase)(zero(), before).x)
@@ -1157,6 +1100,26 @@ def test_erase_blanks_a_box_of_half_of_the_images():
     assert np.mean(areas) == pytest.approx(0.21, abs=0.03)
 
 
+def test_the_aspect_of_an_erased_box_is_log_uniform_whatever_its_area():
+    """Deciles of aspect and area, against the law drawn and rounded in numpy."""
+    side, n = 64, 3000
+    before = Examples(jnp.ones((n, side, side, 1)), jnp.ones((n, 1)))
+    blank = np.asarray(jax.jit(copies.erase)(zero(), before).x[..., 0] == 0)
+    blank = blank[blank.any((1, 2))]
+    mine = np.stack([blank.any(axis).sum(1) for axis in (2, 1)], axis=1)
+    rng = np.random.default_rng(0)
+    area = rng.uniform(0.02, 0.4, 60_000)
+    aspect = np.exp(rng.uniform(np.log(0.3), np.log(10 / 3), len(area)))
+    theirs = np.minimum(np.sqrt(np.stack([area * aspect, area / aspect], axis=1)), 1)
+    theirs = np.round(theirs * side)
+    tenths = np.linspace(0.1, 0.9, 9)
+    for law in (lambda hw: np.log(hw[:, 0] / hw[:, 1]), lambda hw: hw.prod(1) / side**2):
+        got, want = np.quantile(law(mine), tenths), np.quantile(law(theirs), tenths)
+        np.testing.assert_allclose(got, want, atol=0.05 * np.ptp(want))
+    small = mine.prod(1) < 0.2 * side**2
+    assert abs(np.log(mine[small, 0] / mine[small, 1]).mean()) < 4 * 0.7 / small.sum() ** 0.5
+
+
 def test_self_mix_moves_a_turned_patch_within_the_image():
     before = images(50, 8)
     after = np.asarray(jax.jit(copies.self_mix)(zero(), before).x)
@@ -1169,6 +1132,36 @@ def test_self_mix_moves_a_turned_patch_within_the_image():
         moved += changed.any()
     assert moved > 40
     np.testing.assert_array_equal(jax.jit(copies.self_mix)(zero(), before).y, before.y)
+
+
+def test_the_patch_of_self_mix_is_half_as_wide_and_turned_by_every_quarter_alike():
+    """Pixels say where they came from: under a turn by k quarters one pair of sums is constant."""
+    side, n, turns = 16, 800, Counter()
+    x = jnp.broadcast_to(
+        jnp.arange(side**2, dtype=float).reshape(side, side, 1), (n, side, side, 1)
+    )
+    after = jax.jit(copies.self_mix)(zero(), Examples(x, jnp.ones((n, 1)))).x
+    i, j = np.indices((side, side))
+    for image in np.asarray(after[..., 0], int):
+        row, column = np.divmod(image, side)
+        # np.rot90 takes [i, j] from [j, m - i], and so on
+        pairs = [
+            (row - i, column - j),
+            (row - j, column + i),
+            (row + i, column + j),
+            (row + j, column - i),
+        ]
+        moved = (row != i) | (column != j)
+        if not moved.any():  # not turned, and pasted where it was
+            turns[0] += 1
+            continue
+        fits = [k for k, pair in enumerate(pairs) if all(np.ptp(a[moved]) == 0 for a in pair)]
+        assert len(fits) == 1
+        turns[fits[0]] += 1
+        assert max(np.ptp(i[moved]), np.ptp(j[moved])) < side // 2
+        assert moved.sum() >= (side // 2) ** 2 - 1  # one pixel may be turned into its own place
+    for k in range(4):
+        assert abs(turns[k] - n / 4) < 4.5 * (n * 3 / 16) ** 0.5
 
 
 def test_large_rotation_leaves_half_of_the_classes():
@@ -1192,6 +1185,52 @@ def test_more_shots_doubles_the_support():
     assert len(moves) == 15
     method = maxup(pool=[copies.more_shots], copies=2)(protonet(mlp()))
     meta_gradient(method, zero(), method.algorithm(method.net, method.inner).init(zero()), batch())
+
+
+def test_the_released_pool_has_its_six_changes():
+    """What each does to support, to query and to the query's labels, and where it blanks."""
+    task = Task(images(4), images(6, seed=1)._replace(y=jnp.eye(4)[jnp.arange(6) % 4]))
+    found = []
+    for change in copies.default_pool():
+        after = jax.jit(jax.vmap(lambda key, change=change: change(key, task)))(
+            jax.random.split(zero(), 30)
+        )
+        changed = lambda new, old: bool((new != old).any())
+        found.append(
+            (
+                changed(after.support.x, task.support.x),
+                changed(after.query.x, task.query.x),
+                changed(after.query.y, task.query.y),
+                bool((after.support.x == 0).any()),
+                bool((after.query.x == 0).any()),
+            )
+        )
+        assert not changed(after.support.y, task.support.y)
+    assert found == [
+        (False, True, True, False, False),  # query CutMix
+        (False, True, False, False, True),  # query erase
+        (True, False, False, True, False),  # support erase
+        (True, True, False, False, False),  # large rotation
+        (True, True, True, False, False),
+        (True, True, False, False, True),
+    ]
+
+
+def test_copies_draw_from_the_pool_uniformly_and_apart():
+    """All 36 pairs of two copies are as frequent; the loss says which change a copy has had."""
+    to = lambda i: (
+        lambda key, task: task._replace(query=task.query._replace(x=jnp.full_like(task.query.x, i)))
+    )
+    net = nets.from_functions(lambda key: {"w": jnp.ones((1, 1))}, lambda p, x: x @ p["w"])
+    plain = maml(net, lr=0.0, steps=1, loss=lambda outputs, y: jnp.mean(outputs))
+    which = lambda losses: 6 * losses[0, 0] + losses[1, 0]
+    method = maxup(pool=[to(i) for i in range(6)], copies=2, level=which)(plain)
+    part, params = Examples(jnp.zeros((1, 1)), jnp.zeros((1, 1))), params_of(plain)
+    n = 7200
+    loss = jax.jit(jax.vmap(lambda key: view(method, key, params, Task(part, part)).loss))
+    counts = Counter(np.asarray(loss(jax.random.split(zero(), n))).round().astype(int).tolist())
+    assert set(counts) == set(range(36))
+    assert all(abs(c - n / 36) < 4.5 * (n / 36) ** 0.5 for c in counts.values())
 
 
 def test_changes_in_turn_have_keys_of_their_own():
@@ -1239,10 +1278,8 @@ def test_reptile_steps_from_the_initial_to_the_mean_adapted_weights(x64, steps):
 def test_reptile_needs_an_inner_loop_that_moves_every_weight(make):
     with pytest.raises(ValueError, match="must move every weight"):
         reptile()(make(mlp()))
-    on_top = freeze(lambda role: role.head)(reptile()(maml(mlp())))
-    params = on_top.algorithm(on_top.net, on_top.inner).init(zero())
     with pytest.raises(ValueError, match="must move every weight"):
-        meta_gradient(on_top, zero(), params, batch())
+        freeze(lambda role: role.head)(reptile()(maml(mlp())))
 
 
 def test_maxup_refuses_what_is_no_image_and_changes_of_other_shapes():

@@ -255,7 +255,9 @@ def test_mechanism_needs_a_place_for_the_std(tmp_path):
 
 def rows():
     """Names and specs that `--list` prints."""
-    lines = [line.split() for line in done("catalogue", "--list").splitlines()]
+    table, beside = done("catalogue", "--list").split("\n\n")
+    assert "experiments.feedback" in beside
+    lines = [line.split() for line in table.splitlines()]
     return {line[0]: line[1] for line in lines}
 
 
