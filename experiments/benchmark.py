@@ -180,7 +180,8 @@ def measured(name: str, problem: Problem, peers, peak: float) -> dict[str, Any]:
     """What was found of a workload: `errors` and `memory` by side, and `sides` with their times."""
     from experiments.bench import ours
 
-    made, others = ours.sides(problem), chosen(problem, peers) if peers else []
+    made = {side: make() for side, make in ours.sides(problem).items()}
+    others = chosen(problem, peers) if peers else []
     memory = {}
     if FLAGS.memory and not FLAGS.quick:
         memory = {side: peak_memory(side, name) for side in (*made, *others)}

@@ -6,11 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from experiments import cli, devices, loading, metrics, runs, store
 from mgaug_jax import checkpoint
@@ -92,7 +92,8 @@ def test_a_process_of_several_uses_all_of_its_devices(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [None] * 4)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    with flagsaver.flagsaver(mesh="4"), pytest.raises(cli.BadInput, match="all of its devices, 2"):
+    monkeypatch.setattr(devices, "FLAGS", SimpleNamespace(mesh="4"))
+    with pytest.raises(cli.BadInput, match="all of its devices, 2"):
         devices.mesh()
 
 

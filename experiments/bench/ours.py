@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,20 +139,22 @@ def together(problem: Problem) -> Contender:
     return compiled(step, keys, states, rates)
 
 
-def sweep(problem: Problem) -> Mapping[str, Contender]:
-    """A meta-step of every configuration, in one program and one after another."""
+def in_turn(problem: Problem) -> Contender:
+    """A meta-step of every configuration, one after another."""
     params, batch = arrays(problem)
     args = jax.random.key(1), begin(problem, params), jnp.full((), LR)
-    one = compiled(partial(one_of, problem, batch), *args)
+    return repeated(compiled(partial(one_of, problem, batch), *args), problem.configurations)
 
-    def in_turn():
-        for _ in range(problem.configurations):
+
+def repeated(one: Contender, count: int) -> Contender:
+    def step() -> None:
+        for _ in range(count):
             one.step()
 
-    return {"ours": together(problem), "ours, one by one": one._replace(step=in_turn)}
+    return one._replace(step=step)
 
 
-def chunks(problem: Problem) -> Mapping[str, Contender]:
+def chunks(problem: Problem) -> dict[str, Callable[[], Contender]]:
     """`problem.chunk` meta-steps on tasks that are drawn and augmented: as one program, as training
     has them; as a program each, waited for; and what of it is drawing, with augmenting and without.
     """
@@ -180,30 +182,28 @@ def chunks(problem: Problem) -> Mapping[str, Contender]:
 
         return jax.lax.scan(body, jnp.zeros(()), jnp.arange(count))[0]
 
-    one = compiled(partial(advance, capacity=1), *args, 1)
-
-    def step_by_step():
-        for _ in range(count):
-            one.step()
-
     both = lambda key, tasks: augment(meta.task_keys(key, tasks), tasks)
+    neither = lambda key, tasks: tasks
+    one = lambda: compiled(partial(advance, capacity=1), *args, 1)
     return {
-        "ours": compiled(partial(advance, capacity=count), *args, count),
-        "ours, each step": one._replace(step=step_by_step),
-        "drawing": compiled(partial(draw, lambda key, tasks: tasks), args[0], data),
-        "and augmenting": compiled(partial(draw, both), args[0], data),
+        "ours": lambda: compiled(partial(advance, capacity=count), *args, count),
+        "ours, each step": lambda: repeated(one(), count),
+        "ours, drawing": lambda: compiled(partial(draw, neither), args[0], data),
+        "ours, augmenting": lambda: compiled(partial(draw, both), args[0], data),
     }
 
 
-def sides(problem: Problem) -> dict[str, Contender]:
-    """All that is timed of this library in a workload, what the others are compared to first."""
+def sides(problem: Problem) -> dict[str, Callable[[], Contender]]:
+    """What makes all that is timed of this library in a workload, first what the others are
+    compared to.
+    """
     if problem.configurations:
-        return dict(sweep(problem))
+        return {"ours": partial(together, problem), "ours, one by one": partial(in_turn, problem)}
     if problem.chunk:
-        return dict(chunks(problem))
-    made = {"ours": contender(problem)}
+        return chunks(problem)
+    made = {"ours": partial(contender, problem)}
     if problem.dtype is not None:
-        made["ours, float32"] = contender(problem._replace(dtype=None))
+        made["ours, float32"] = partial(contender, problem._replace(dtype=None))
     return made
 
 

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         from experiments.bench import ours
 
         before = resident()
-        ours.sides(problem)[side].step()
+        ours.sides(problem)[side]().step()
         memory = jax.devices()[0].memory_stats()
         if memory and "peak_bytes_in_use" in memory:
             found["device"] = memory["peak_bytes_in_use"]
