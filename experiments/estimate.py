@@ -14,7 +14,7 @@ FLOPs: of those products and, beside them, of the direct convolutions (the usefu
 
 XLA's own `cost_analysis` counts a loop's body once and no fusion, hence this. Three floors follow:
 useful FLOPs over the card's bfloat16 peak, bytes over its bandwidth, and the launches at
---launch_us each; the largest is the estimate. The defaults are an H200's. Last, how long the
+--launch_us each; a step takes the largest at least. The defaults are an H200's. Last, how long the
 307,200 episodes of the released code's training would take.
 """
 
@@ -30,7 +30,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from experiments import cli
 from experiments.bench import ours
 from experiments.bench.workloads import PROBLEMS, Problem, flops
-from mgaug_jax import nets
+from mgaug_jax.nets import lowering
 
 FLAGS = flags.FLAGS
 ESTIMATED = ["fomaml-84-1shot", "fomaml-mgaug-84-1shot", "protonet-mgaug-84-1shot"]
@@ -43,8 +43,8 @@ flags.DEFINE_float("launch_us", 2.0, "Of one kernel in a program, microseconds."
 
 EPISODES = 307_200
 LOWERINGS = {
-    "patches": nets.Lowering(),  # Winograd's sums are not for bfloat16
-    "native": nets.Lowering(native=True),
+    "patches": lowering.OTHERS,  # Winograd's sums are not for bfloat16
+    "native": lowering.OTHERS._replace(native=True),
 }
 KERNELS = {
     *("dot_general", "conv_general_dilated", "concatenate", "optimization_barrier", "sort"),
@@ -100,7 +100,7 @@ def _flops(equation: Any) -> int:
     return 0
 
 
-def of_problem(problem: Problem, how: nets.Lowering) -> Counts:
+def of_problem(problem: Problem, how: lowering.Lowering) -> Counts:
     """Of a meta-step with Adam, maps in bfloat16."""
     step, args = ours.step(problem._replace(dtype="bfloat16"), how)
     traced = jax.make_jaxpr(step)(*args).jaxpr

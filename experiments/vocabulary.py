@@ -3,6 +3,7 @@
 `experiments.spec` reads the language; this is its dictionary.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from mgaug_jax import (
 )
 from mgaug_jax.checks import check_count, check_probability, check_rate, known
 from mgaug_jax.modifiers import cp, full_and_worst, pp, total, worst, wp
+from mgaug_jax.nets.lowering import chosen
 from mgaug_jax.types import Array, Loss, Method, Modifier, Net
 
 
@@ -126,6 +128,18 @@ def _aug(clock: Clock) -> Modifier:
     return photo.photo_augment(*clock.pixels)
 
 
+def _lowered(make: Callable[..., Net]) -> Callable[..., Net]:
+    """The network's constructor; its `lowering` changes that of the backend."""
+
+    @functools.wraps(make)
+    def made(*args: Any, lowering: Mapping[str, Any] | None = None, **options: Any) -> Net:
+        if isinstance(lowering, Mapping):
+            return make(*args, lowering=chosen()._replace(**lowering), **options)
+        return make(*args, lowering=lowering, **options)
+
+    return made
+
+
 def _metamix(clock: Clock, alpha: float = 2.0, shuffle: float = 0.0, start: int = 0) -> Modifier:
     """Channel Shuffle from step `start` on."""
     check_count("start", start, 0)
@@ -201,9 +215,9 @@ REQUIRED: Mapping[str, str] = {
     "beta": "the weight of the divergence, as in {name}(beta=0.00001)",
 }
 NETS: Mapping[str, Entry] = {
-    "conv4": Entry(nets.conv4, ("width", "dtype")),
-    "resnet10": Entry(nets.resnet10, ("pool", "dtype")),
-    "resnet18": Entry(nets.resnet18, ("pool", "dtype")),
+    "conv4": Entry(_lowered(nets.conv4), ("width", "dtype", "lowering")),
+    "resnet10": Entry(_lowered(nets.resnet10), ("pool", "dtype", "lowering")),
+    "resnet18": Entry(_lowered(nets.resnet18), ("pool", "dtype", "lowering")),
     "mlp": Entry(nets.mlp, ("hidden",)),
 }
 WORDS: Mapping[str, Mapping[str, Any]] = {
@@ -231,6 +245,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "bernoulli": pruning.bernoulli_parameters,
     },
     "dtype": {"bfloat16": jnp.bfloat16},
+    "lowering": {"native": {"native": True}, "patches": {"winograd": None}},
     "pool": {"global_mean": nets.global_mean, "top_left_mean": nets.top_left_mean},
     "site": {
         "inner": perturb.inner,

@@ -29,7 +29,7 @@ from mgaug_jax import (
 from mgaug_jax.episodes import Images
 from mgaug_jax.losses import cross_entropy, squared_error
 from mgaug_jax.meta import State
-from mgaug_jax.nets.lowering import map_tasks
+from mgaug_jax.nets.lowering import chosen, map_tasks
 from mgaug_jax.types import Array, Examples, MetaParams, Method, Task, Views
 
 
@@ -54,6 +54,7 @@ def method(problem: Problem, lr: float | Array = LR, how: nets.Lowering | None =
     else:
         way = None if problem.algorithm == "protonet" else problem.way
         dtype = jnp.dtype(problem.dtype) if problem.dtype else None
+        how = chosen()._replace(native=True) if problem.native else how
         options = {"image": problem.image, "dtype": dtype, "lowering": how}
         make = {0: partial(nets.conv4, width=problem.width), 1: nets.resnet10, 2: nets.resnet18}
         net = make[problem.blocks](way, **options)

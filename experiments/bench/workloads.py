@@ -26,6 +26,7 @@ class Problem(NamedTuple):
       width: Channels of Conv-4.
       configurations: Runs trained at once, with inner rates of their own; 0: one run.
       dtype: "bfloat16" for this library's maps and products; None: float32.
+      native: This library's convolutions are XLA's own (`nets.Lowering`).
       devices: Over so many the tasks are spread; 0: over as many as share them evenly.
       blocks: Basic blocks per stage of a ResNet; 0: Conv-4.
       chunk: So many meta-steps are one program, which draws and augments its tasks; 0: one step, of
@@ -43,6 +44,7 @@ class Problem(NamedTuple):
     width: int = 64
     configurations: int = 0
     dtype: str | None = None
+    native: bool = False
     devices: int = 0
     blocks: int = 0
     chunk: int = 0
@@ -64,6 +66,9 @@ PROBLEMS = {
     "fomaml-omniglot-20way": FOMAML._replace(image=(28, 28, 1), way=20),
     "fomaml-84-1shot-bfloat16": FOMAML._replace(dtype="bfloat16"),
     "fomaml-mgaug-84-1shot-bfloat16": FOMAML._replace(keeps=KEEPS, dtype="bfloat16"),
+    "fomaml-mgaug-84-1shot-bfloat16-native": FOMAML._replace(
+        keeps=KEEPS, dtype="bfloat16", native=True
+    ),
     "fomaml-84-1shot-chunk": FOMAML._replace(chunk=4, devices=1),
     "resnet10-224-mgaug": FOMAML._replace(image=(224, 224, 3), tasks=1, keeps=KEEPS, blocks=1),
     "maml-sinusoid": SINUSOID,

@@ -151,9 +151,10 @@ def conv4(
       way: Number of classes; None for the embedding `[n, d]` that ProtoNet takes.
       width: Channels of every block; 64 in MGAug, 32 in Finn's mini-ImageNet runs.
       image: Height, width and channels of the largest images the network will see.
-      dtype: `jnp.bfloat16` to keep maps, and multiply, in it; parameters, their gradients, sums,
+      dtype: `jnp.bfloat16` to keep maps, and multiply, in it; parameters, their gradients,
         statistics and outputs stay float32. None: the type of parameters and images.
-      lowering: How it computes, a `nets.Lowering`; None: as is fastest on the backend.
+      lowering: How it computes, such as `nets.lowering.chosen()._replace(native=True)`; None: as is
+        fastest on the backend.
 
     Returns:
       A `Net`. 121,093 parameters for (84, 84, 3) and 5 ways, 113,088 without the head.

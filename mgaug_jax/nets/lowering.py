@@ -7,14 +7,16 @@ Winograd's sixteen smaller products; a 2x2 max pool takes four strided slices an
 norm (`nets.block` joins the three). All is products and slices under `vmap`, `scan` and any number
 of reverse-mode derivatives. On a CPU a convolution goes through a few images at a time, so that
 what it makes on the way stays in the caches. Forward-mode (`jax.jvp`, `jax.jacfwd`) is refused by
-`jax.custom_vjp`.
+`jax.custom_vjp`, where it is used.
 
 Which of these is fastest depends on the machine: a `Lowering` says it, measured by
 `experiments.lowering`, chosen by backend, or given to a network's constructor. It is an argument of
 all that is traced, so that programs of different ones never meet in a cache.
 
-Maps in bfloat16 stay so: kernels, given in float32, are rounded for the products, whose sums, the
-kernels' gradients and all statistics are float32.
+Maps in bfloat16 stay so: kernels, given in float32, are rounded for the products, whose terms are
+added in float32 (on a GPU, and where they are `widened`) and the sums rounded. All statistics are
+float32, and so are the gradients of kernels of stride 1; those of stride 2, and all with XLA's own
+convolutions, are float32 numbers that were rounded.
 """
 
 import functools
@@ -51,12 +53,16 @@ class Lowering(NamedTuple):
 
 
 BACKENDS = {"cpu": Lowering(pixels=1024, at_once=1, widened=True)}
-"""What was measured to be fastest; a GPU or TPU, on which nothing was, has a `Lowering()`."""
+"""What was measured to be fastest."""
+OTHERS = Lowering()
+"""That of a GPU or TPU, on which nothing was measured."""
 
 
-def chosen(how: Lowering | None) -> Lowering:
-    """The lowering that is asked for, or else that of the default backend."""
-    return BACKENDS.get(jax.default_backend(), Lowering()) if how is None else how
+def chosen(how: Lowering | None = None) -> Lowering:
+    """The lowering that is asked for, or else that of the default backend. To change one choice of
+    a backend's, take `chosen()._replace(native=True)`.
+    """
+    return BACKENDS.get(jax.default_backend(), OTHERS) if how is None else how
 
 
 def conv(
