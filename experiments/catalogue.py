@@ -42,10 +42,16 @@ ROWS: Mapping[str, Row] = {
     "fomaml": Row(FOMAML, "MGAug, Table 2"),
     "fomaml+aug": Row(f"{FOMAML}|aug()", "MGAug, Table 2, + Aug"),
     "fomaml+mr": Row(f"{FOMAML}|aug()|mr_weights(beta=1e-5)", "MGAug, Table 2, + MR; recipe ours"),
-    "fomaml+taml": Row(f"{FOMAML}|aug()|taml_inequality(0.1)", "MGAug, Table 2, + TAML; Theil"),
+    "fomaml+taml": Row(
+        f"{FOMAML}|aug()|taml_inequality(0.1)",
+        "MGAug, Table 2, + TAML; Theil and weight our reading",
+    ),
     "fomaml+taml-entropy": Row(f"{FOMAML}|aug()|taml_entropy(0.1)", "TAML's entropy form"),
-    "fomaml+graddrop": Row(f"{FOMAML}|aug()|drop_grad(0.1)", "MGAug, Table 2, + GradDrop"),
-    "fomaml+metamix": Row(f"{FOMAML}|aug()|metamix()", "MGAug, Table 2, + MetaMix"),
+    "fomaml+graddrop": Row(
+        f"{FOMAML}|aug()|drop_grad(0.1)",
+        "MGAug, Table 2, + GradDrop; form, site and rate our reading",
+    ),
+    "fomaml+metamix": Row(f"{FOMAML}|aug()|metamix()", "MGAug, Table 2, + MetaMix; our reading"),
     "fomaml+metamix-cs": Row(
         f"{FOMAML}|aug()|metamix(shuffle=0.5)", "MetaMix, Channel Shuffle; there from step 5,000 on"
     ),

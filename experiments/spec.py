@@ -89,13 +89,12 @@ def modifier(text: str, clock: Clock, **fixed: Any) -> Modifier:
 def spans_run(text: str) -> bool:
     """Whether a spec's numbers depend on how many meta-steps the run has."""
     for name, options in _parse(text)[1:]:
-        if name == "dsd":
-            return True
         arguments = MODIFIERS[name].arguments
-        for written, value in options.items():
-            argument = arguments[int(written)] if written.isdigit() else written
-            if argument in ("schedule", "ramp") and value != "constant":
-                return True
+        given = {arguments[int(o)] if o.isdigit() else o: value for o, value in options.items()}
+        if name == "dsd" and not given.keys() >= {"start", "stop"}:
+            return True
+        if any(given.get(word, "constant") != "constant" for word in ("schedule", "ramp")):
+            return True
     return False
 
 

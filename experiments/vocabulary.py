@@ -144,7 +144,11 @@ def _metamix(clock: Clock, alpha: float = 2.0, shuffle: float = 0.0, start: int 
     """Channel Shuffle from step `start` on."""
     check_count("start", start, 0)
     check_probability("shuffle", shuffle, below_one=False)
-    rate = shuffle * (clock.step >= start) if start and shuffle else shuffle
+    if start and known(shuffle) == 0:
+        raise ValueError(
+            "metamix's start is that of Channel Shuffle; give shuffle, or leave it out."
+        )
+    rate = shuffle * (clock.step >= start) if start else shuffle
     return judging.metamix(law=judging.beta_law(alpha), shuffle=rate)
 
 
@@ -153,9 +157,9 @@ def _maxup(clock: Clock, changes=None, **options) -> Modifier:
     return copies.maxup(pool=changes, **options)
 
 
-def _multi_step_loss(clock: Clock, last: float = 0.0, ramp=None) -> Modifier:
+def _multi_step_loss(clock: Clock, last: float = 0.0, ramp=CONSTANT) -> Modifier:
     """`ramp='linear'` anneals to the last step's loss alone."""
-    if ramp is None:
+    if ramp is CONSTANT:
         return judging.multi_step_loss(last)
     check_probability("last", last, below_one=False)
     return judging.multi_step_loss(last + (1 - last) * ramp(clock))

@@ -71,8 +71,8 @@ def _on_classes(change: Callable[[Array, Task], Task], refusal: str) -> Modifier
 
 
 def shift_targets(width: float | Array = 1.0) -> Modifier:
-    """Regression targets of every task plus one draw of U(-width, width): meta-augmentation's
-    "uniform noise".
+    """Regression targets of every task plus one draw of U(-width, width), one for each dimension:
+    meta-augmentation's "uniform noise".
 
     Raises:
       ValueError: `width` is not a number above 0, or the method learns classes.
@@ -123,9 +123,14 @@ def rotate_classes(rate: float | Array) -> Modifier:
 def turn_classes(key: Array, task: Task, rate: float | Array) -> Task:
     """The task with every class turned by 1, 2 or 3 quarters with probability `rate`; a mixed image
     is turned as the class that it has most of.
+
+    Raises:
+      ValueError: The targets are no classes, or the images not square.
     """
     k_new, k_turns = jax.random.split(key)
     way = task.support.y.shape[-1]
+    if way < 2:
+        raise ValueError("Classes were to be turned, but these targets are none; leave it out.")
     new = jax.random.bernoulli(k_new, rate, (way,))
     turns = jnp.where(new, jax.random.randint(k_turns, (way,), 1, 4), 0)
     turned = lambda part: part._replace(x=turn(part.x, turns[jnp.argmax(part.y, axis=-1)]))
@@ -154,7 +159,8 @@ def turn(x: Array, turns: Array) -> Array:
     check_images(x, "Turned classes")
     if x.shape[1] != x.shape[2]:
         raise ValueError(
-            f"Classes were to be turned, but examples of shape {x.shape[1:]} are not square images."
+            f"Classes were to be turned, but examples of shape {x.shape[1:]} are not square "
+            "images; resize them, or leave it out."
         )
     each = jnp.stack([jnp.rot90(x, k, axes=(1, 2)) for k in range(4)])
     return each[turns, jnp.arange(len(x))]

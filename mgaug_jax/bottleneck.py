@@ -56,7 +56,8 @@ def mr_weights(beta: float | Array, *, blocks: int = 1, start: float = -20.0) ->
     is our reading.
 
     Args:
-      beta: Weight of the divergence; may be traced.
+      beta: Weight of the divergence, counted once beside the mean over tasks (where a source sums
+        over T tasks, its beta is T times this one); may be traced.
       blocks: How many of the last blocks adapt.
       start: First `params.extra["scale"]`, at least -80, below which float32 knows no scale: at -20
         the encoder is all but deterministic (released).
@@ -210,7 +211,8 @@ def mr_activations(beta: float | Array, *, blocks: int = 1, start: float = 0.0) 
         return with_judge(
             judge,
             lambda net, learner: learner.forward is transductive,
-            "mr_activations draws codes inside the network, which takes transductive batch norm.",
+            "mr_activations draws codes inside the network, which takes transductive batch norm; "
+            "leave forward=inductive out.",
         )(method._replace(algorithm=algorithm, terms=(*method.terms, Term(cost, jnp.mean))))
 
     return modify

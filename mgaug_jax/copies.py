@@ -150,6 +150,8 @@ def cutmix(key: Array, examples: Examples) -> Examples:
     partners by a permutation.
     """
     check_images(examples.x, "Mixed images")
+    if examples.y.shape[-1] < 2:
+        raise ValueError("Images were to be mixed, but their targets are no classes; use erase.")
     k_lam, k_centre, k_pairs = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(k_lam, 2.0, 2.0))
     inside = _box(k_centre, examples.x.shape[1:3], jnp.stack([side, side]))

@@ -208,11 +208,15 @@ def reptile() -> Modifier:
     """Reptile (Nichol et al. 2018) on a gradient method: the meta-gradient is the way back from the
     adapted to the initial weights, `theta - theta_T`, so that outer SGD at rate eps is the source's
     step. The inner loop sees support and query together; the loss reported is the query's after it.
-    What else is learned (rates of Meta-SGD) gets no gradient.
 
     Raises:
-      ValueError: The inner loop does not move every weight, or the outer loss was replaced already.
+      ValueError: The inner loop does not move every weight, more than weights is learned (rates of
+        Meta-SGD), or the outer loss was replaced already.
     """
+
+    def fits(net: Net, learner: Learner) -> bool:
+        del net
+        return learner.whole and not jax.eval_shape(learner.init, jax.random.key(0)).extra
 
     def judge(key: Array, net: Net, make: Make, params: MetaParams, task: Task):
         learner = make(net)
@@ -229,9 +233,9 @@ def reptile() -> Modifier:
 
     return with_judge(
         judge,
-        lambda net, learner: learner.whole,
-        "reptile learns by the way of the inner loop, which must move every weight; use maml, not "
-        "protonet, anil, freeze or mr_weights.",
+        fits,
+        "reptile learns by the way of the inner loop, which must move every weight and is all that "
+        "is learned; use maml, not protonet, anil, meta_sgd, lslr, freeze or mr_weights.",
     )
 
 

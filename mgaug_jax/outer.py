@@ -44,8 +44,8 @@ def weight_decay(
     """Decoupled weight decay (Loshchilov, Hutter 2019): `w <- w + update - rate w`.
 
     Args:
-      rate: Of one meta-step: what AdamW calls the weight decay times the learning rate. 0 changes
-        nothing; may be traced.
+      rate: Of one meta-step: what AdamW calls the weight decay times the learning rate, whatever
+        the learning rate is (AdamW's falls with it). 0 changes nothing; may be traced.
       leaves: As in `l2`.
 
     Raises:
@@ -106,8 +106,8 @@ def dense_sparse_dense(keep: float | Array, step: Array, *, start: int, stop: in
     others held at 0, and from step `stop` all of them again.
 
     They are 0 between meta-steps, whatever else changes the step: the inner loop moves them still,
-    and the outer optimiser goes on collecting their moments. That, layer
-    by layer and by magnitude, is our reading; of the source only the abstract could be read.
+    and the outer optimiser goes on collecting their moments. That, layer by layer and by magnitude,
+    is our reading; of the source only the abstract could be read.
 
     Args:
       keep: Fraction of a layer's prunable weights that stay.
@@ -143,7 +143,10 @@ def _thresholded(change: Callable[[Array, Array], Array]) -> Modifier:
     def modify(method: Method) -> Method:
         roles, earlier = method.net.roles, method.project
         if not any(role.prunable for role in jax.tree.leaves(roles)):
-            raise ValueError("Weights were to be thresholded, but this network has none to prune.")
+            raise ValueError(
+                "Weights were to be thresholded, but this network has none to prune; use one with "
+                "kernels, such as conv4 or mlp, or leave it out."
+            )
 
         def project(before: Params, after: Params) -> Params:
             after = after if earlier is None else earlier(before, after)

@@ -56,9 +56,11 @@ def atkinson(aversion: float) -> Index:
     `1 - (geometric mean) / mean l`.
 
     Raises:
-      ValueError: `aversion` is negative or not a number.
+      ValueError: `aversion` is negative or not a number (nor may it be traced).
     """
     check_rate("aversion", aversion)
+    if known(aversion) is None:
+        raise ValueError(f"aversion={aversion!r} chooses a formula; take a number, such as 0.5.")
 
     def index(losses: Array) -> Array:
         share = losses / jnp.mean(losses)
@@ -106,7 +108,8 @@ def inequality(weight: float | Array, *, index: Index = theil) -> Modifier:
 
 def entropy(weight: float | Array) -> Modifier:
     """TAML by entropy: the objective plus `weight (H(adapted) - H(initial))`, H the mean entropy of
-    the predictions of the query (our reading) in nats.
+    the predictions of the query (our reading) in nats. Where the inner loop is random (noise,
+    `mr_weights`), the adapted network is another draw of it than the one whose loss counts.
 
     Raises:
       ValueError: `weight` is negative or not a number, the method has no inner steps, or its loss

@@ -108,7 +108,9 @@ def reasons(algorithm, names) -> set[str]:
     names = set(names)
     held = {
         "protonet has no inner loop": algorithm == "protonet" and INNER & names,
-        "the loop must be whole": (algorithm == "anil" and WHOLE & names) or len(WHOLE & names) > 1,
+        "the loop must be whole": (algorithm == "anil" and WHOLE & names)
+        or (algorithm in ("meta_sgd", "lslr") and "reptile" in names)
+        or len(WHOLE & names) > 1,
         "one outer loss": len(OUTER_LOSSES & names) > 1,
         "classes": algorithm == "regression" and CLASSES & names,
         "targets": algorithm != "regression" and TARGETS & names,

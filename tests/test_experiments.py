@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from conftest import few_episodes, refused, start
+from conftest import few_episodes, make_tasks, refused, start
 
 from experiments import cli, compare, evaluate, loading, metrics, spec, store, train, vocabulary
-from mgaug_jax import losses, nets
+from mgaug_jax import losses, meta, nets
 from mgaug_jax.data import pixels
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -280,9 +280,9 @@ def test_every_algorithm_takes_every_modifier(algorithm, modifier):
     text = f"{algorithm}|{modifier}({'' if bare else 0.9})" if modifier else algorithm
     inner = {"noise", "drop_grad", "first_order", "metamix", "multi_step_loss", "mr_weights"}
     inner |= {"reptile", "taml_entropy", "mr_activations"}
-    if modifier == "shift_targets" or (
-        algorithm == "anil" and modifier in {"reptile", "mr_weights", "mr_activations"}
-    ):
+    whole = {"reptile", "mr_weights", "mr_activations"}
+    partial = {"anil": whole, "meta_sgd": {"reptile"}, "lslr": {"reptile"}}
+    if modifier == "shift_targets" or modifier in partial.get(algorithm, ()):
         with pytest.raises(cli.BadInput, match=r"use maml|use shuffle_labels"):
             spec.method(text, problem())
         return
@@ -292,6 +292,47 @@ def test_every_algorithm_takes_every_modifier(algorithm, modifier):
         return
     method = spec.method(text, problem())(0)
     assert (method.views is not None) == (modifier in {"wp", "pp", "cp"})
+
+
+def test_a_constant_ramp_is_none():
+    tasks = make_tasks(jax.random.key(1), shape=(16, 16, 1))
+
+    def loss(modifier: str, step=0):
+        method = spec.method(f"fomaml(lr=0.5,steps=2)|{modifier}", problem())(step)
+        params = method.algorithm(method.net, method.inner).init(jax.random.key(0))
+        return float(meta.meta_gradient(method, jax.random.key(2), params, tasks)[1]["loss"])
+
+    plain = loss("multi_step_loss(0.25)")
+    assert loss("multi_step_loss(0.25,ramp='constant')") == plain
+    assert loss("multi_step_loss(0.25,ramp='linear')") == plain  # at its beginning
+    last = loss("multi_step_loss(0.25,ramp='linear')", 100)
+    assert last == loss("multi_step_loss(1)") != plain
+
+
+def test_channel_shuffle_starts_where_it_is_told_even_in_a_sweep():
+    def rate(s):
+        text = "fomaml(lr=0.1)|metamix(shuffle=s,start=10)"
+        assert spec.method(text, problem(), numbers={"s": s})(jnp.asarray(3)).judge is not None
+        return s
+
+    jax.eval_shape(rate, 0.5)
+    with pytest.raises(cli.BadInput, match="give shuffle too"):
+        spec.method("fomaml(lr=0.1)|metamix(start=10)", problem())
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("maml(lr=0.1)|dsd(0.5)", True),
+        ("maml(lr=0.1)|dsd(0.5,start=10)", True),
+        ("maml(lr=0.1)|dsd(0.5,10,20)", False),
+        ("maml(lr=0.1)|dsd(keep=0.5,start=10,stop=20)", False),
+        ("maml(lr=0.1)|drop_grad(0.1,ramp='linear')", True),
+        ("maml(lr=0.1)|drop_grad(0.1,ramp='constant')", False),
+    ],
+)
+def test_what_depends_on_the_number_of_steps(text, spans):
+    assert spec.spans_run(text) == spans
 
 
 def change_of(text, step, site="inner"):

@@ -1,4 +1,4 @@
-"""One meta-step of every method in float64, against numbers on file.
+"""One meta-step of algorithms, pruners and perturbations in float64, against numbers on file.
 
 `python tests/test_golden.py` writes them anew; do so only when a change of results is meant.
 """
