@@ -101,13 +101,13 @@ def thin() -> Iterator[Row]:
 
 
 def pools() -> Iterator[Row]:
-    ways = {"pool first": lowering.norm_relu_pool, "norm first": norm_first}
+    ways = {"pool first": lowering.norm_relu_pool, "norm first, XLA's pool": norm_first}
     for name, (n, side, _, out) in BLOCKS.items():
         yield Row(name, ways, normal((n, side, side, out), (out,), (out,)))
 
 
 def norm_first(y: Array, scale: Array, bias: Array) -> Array:
-    """`lowering.norm_relu_pool` as it is usually written."""
+    """`lowering.norm_relu_pool` as it is usually written, with XLA's `reduce_window`."""
     mean, var = lowering.moments(y)
     z = (y - mean) * (scale * jax.lax.rsqrt(var + lowering.EPSILON)) + bias
     return nn.max_pool(nn.relu(z), (2, 2), (2, 2))

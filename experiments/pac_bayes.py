@@ -49,11 +49,11 @@ from mgaug_jax.meta import trainer
 
 SHORT = bool(os.environ.get("PAC_BAYES_SHORT"))
 RUN = os.environ.get("PAC_BAYES_RUN")
-made, omega = pruned.trained(RUN) if RUN else (None, None)
+given, omega = pruned.trained(RUN) if RUN else (None, None)
 WIDTH, STEPS, TASKS = (4, 2, 4) if SHORT else (8, 200, 200)
 RHOS = (0.0, 0.3) if SHORT else (0.0, 0.1, 0.3)
 STDS = jnp.array([0.02, 0.05, 0.1, 0.3, 1.0])
-WAY, SHOT = (made.config.way, made.config.shot) if made else (5, 1)
+WAY, SHOT = (given.config.way, given.config.shot) if given else (5, 1)
 QUERIES, DELTA = 15, 0.1
 SAMPLES = WAY * (SHOT + QUERIES)
 CHANCE = 1 - 1 / WAY
@@ -141,9 +141,9 @@ pictures.slack(nats, curves)
 # %%
 keys = jax.random.split(jax.random.key(0), 7)
 k_init, k_train, k_tasks, k_reference, k_adapt, k_prune, k_judge = keys
-if made:
-    net, plain = made.tested.net, made.tested
-    train, test = made.splits["train"], made.splits["test"]
+if given:
+    net, plain = given.tested.net, given.tested
+    train, test = given.splits["train"], given.splits["test"]
 else:
     train, test = data.load("glyphs", "train"), data.load("glyphs", "test")
     net = nets.conv4(WAY, width=WIDTH, image=(28, 28, 1))
@@ -323,7 +323,7 @@ needs = {name: over_m(*case) for name, case in cases.items()}
 for name, values in needs.items():
     below = ms[values < CHANCE]
     print(f"{name}: below chance from m = {below[0] if len(below) else '(not up to 1e6)'}")
-print(f"m = {SAMPLES}, centred, whole:")
+print(f"m = {SAMPLES}, centred, whole, the noise and the errors taken as given:")
 for count in (TASKS, 10_000, 1_000_000):
     total = harmed + bounds.environment_term(0.0, count, DELTA)
     total += bounds.task_term(0.0, whole.kl("moved", best.std), SAMPLES, count, DELTA)
@@ -347,10 +347,10 @@ hyper = {
     "Amit and Meir's formula (diagnostic)": divergences.released_hyper_kl(omega.net, 1e-3, 100.0),
 }
 print("D(Q || P)                                  nats   environment   task term")
-for name, nats in hyper.items():
-    environment = bounds.environment_term(nats, TASKS, DELTA)
-    task = bounds.task_term(nats, whole.kl("norm", 1.0), SAMPLES, TASKS, DELTA)
-    print(f"{name:<37} {nats:9.1f}   {environment:11.3f}   {task:9.2f}")
+for name, paid in hyper.items():
+    environment = bounds.environment_term(paid, TASKS, DELTA)
+    task = bounds.task_term(paid, whole.kl("norm", 1.0), SAMPLES, TASKS, DELTA)
+    print(f"{name:<37} {paid:9.1f}   {environment:11.3f}   {task:9.2f}")
 
 # %% [markdown]
 # ## MR-MAML's bound beside it

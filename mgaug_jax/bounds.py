@@ -78,8 +78,8 @@ class Estimate(NamedTuple):
 def monte_carlo(errors: Array, delta: Number = 0.01) -> Estimate:
     """Mean of independent errors in [0, 1] of any shape, with Hoeffding's interval.
 
-    It covers the expectation with probability 1 - delta (`high` alone: 1 - delta/2). A bound with
-    `high` as its empirical term holds with probability 1 - delta/2 less than the bound's own.
+    It covers the expectation with probability 1 - delta (`high` alone: 1 - delta/2). With `high` as
+    its empirical term a bound fails with probability delta/2 more.
     """
     _check_delta(delta)
     half = jnp.sqrt(jnp.log(2 / delta) / (2 * errors.size))

@@ -248,8 +248,10 @@ def test_late_mgaug_is_no_mgaug_before_it_starts(dear):
 def test_curves_are_of_three_methods(dear):
     rows = table(dear[0], "curves")
     assert len(rows) == 3 * 2 * 2  # methods, seeds, points
-    for name in ("train_loss_nats", "val_loss_nats"):
-        assert (column(rows, name) > 0).all()
+    losses = [column(rows, name) for name in ("train_loss_nats", "val_loss_nats")]
+    assert len(set(np.concatenate(losses).tolist())) == 2 * len(rows)  # each of its own tasks
+    for name in ("train_accuracy", "val_accuracy"):  # of two tasks with two queries of two classes
+        np.testing.assert_allclose(column(rows, name) * 8 % 1, 0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -259,7 +261,8 @@ def test_drift_is_in_degrees_and_starts_from_one_network(dear):
     assert sorted({float(row["step"]) for row in rows}) == [8, 12]
     for name in ("turn_degrees", "descent_degrees"):
         values = column(rows, name)
-        assert ((values >= 0) & (values <= 180)).all()
+        assert np.isfinite(values).all()
+        assert values.max() > 3.2  # no radians
     noisy = [row for row in rows if float(row["sigma"]) == 5]
     plain = [row for row in rows if float(row["sigma"]) == 0]
     assert column(noisy, "descent_degrees").mean() > column(plain, "descent_degrees").mean()
@@ -272,5 +275,5 @@ def test_fine_tuning_starts_at_step_0_with_every_curve(dear):
     curves = {row["curve"] for row in rows}
     assert curves == {"trained, whole", "CP, 30 %", "untrained"}
     assert sorted({float(row["step"]) for row in rows}) == [0, 1, 2]
-    accuracy = column(rows, "accuracy")
-    assert ((accuracy >= 0) & (accuracy <= 1)).all()
+    # means of two tasks with two queries of two classes
+    np.testing.assert_allclose(column(rows, "accuracy") * 8 % 1, 0, atol=1e-5)

@@ -117,7 +117,7 @@ def test_notebook_runs_on_a_run(begun):
     )
     assert done.returncode == 0, done.stderr
     assert "(chance 0.67)" in done.stdout  # the run has three ways, the notebook's own five
-    assert "m = 48, centred, whole" in done.stdout
+    assert "m = 48, centred, whole, the" in done.stdout
 
 
 @pytest.fixture

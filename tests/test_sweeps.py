@@ -185,3 +185,32 @@ def test_only_the_chosen_resolution_is_computed():
         )
     )
     assert " cond[" in text
+
+
+def test_other_numbers_and_resolutions_compile_nothing_again():
+    net, (sample, data) = dense(), images()
+    compiled = []
+
+    @jax.jit
+    def step(numbers, key, state, tasks):
+        compiled.append(numbers)
+        method = mg.fomaml(net, lr=numbers["lr"], steps=1)
+        for change in (
+            mg.noise(numbers["sigma"]),
+            mg.drop_grad(numbers["drop"]),
+            mg.l2(numbers["l2"]),
+            mg.cp(keep=numbers["keep"], subnets=2, sizes=(8, 6)),
+        ):
+            method = change(method)
+        return mg.trainer(method, optax.adam(numbers["outer"])).step(key, state, tasks)
+
+    state = mg.trainer(mg.fomaml(net, lr=0.1), optax.adam(1e-3)).init(jax.random.key(0))
+    finals = []
+    for i in range(3):
+        numbers = dict.fromkeys(("lr", "sigma", "drop", "l2", "outer"), 0.01 * (i + 1))
+        numbers["keep"] = 0.9 - 0.1 * i
+        k_tasks, k_step = jax.random.split(jax.random.key(i))
+        state, info = step(numbers, k_step, state, sample(k_tasks, data))
+        finals.append(float(info["loss"]))
+    assert len(compiled) == 1
+    assert len(set(finals)) == 3
