@@ -2,6 +2,7 @@
 
 The plain loop is eager, one task after another, channels last, the ReLU on the pooled map. Only
 this module imports torch. jax-meta, which needs none, is in `by_jax_meta`.
+JAX is imported only where it is used, since a peer's memory is measured in a process of its own.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.bench import by_jax_meta
 from experiments.bench.workloads import LR, OUTER_LR, Problem, tasks, weights
 
 Named = dict[str, Tensor]
@@ -295,9 +295,11 @@ def versions() -> dict[str, str]:
 
 def device() -> str:
     """Where PyTorch computes: on the GPU if JAX does, too."""
+    if not torch.cuda.is_available():
+        return "cpu"
     import jax
 
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def peak() -> int | None:
@@ -313,6 +315,8 @@ def gradient(name: str, problem: Problem) -> dict[str, Any]:
     """The meta-gradient in float64, for comparison."""
     of, arguments = PEERS[name].gradient, (torch.float64, "cpu")
     if of is None:
+        from experiments.bench import by_jax_meta
+
         return by_jax_meta.gradient(problem)
     p = named(problem, *arguments)
     return tree(of(problem, p, *batches(problem, *arguments)))
@@ -322,6 +326,8 @@ def step(name: str, problem: Problem, device: str) -> Callable[[], Any]:
     """A meta-step with Adam, in float32, waited for."""
     gradient = PEERS[name].gradient
     if gradient is None:
+        from experiments.bench import by_jax_meta
+
         return by_jax_meta.step(problem)
     p = named(problem, torch.float32, device)
     parts = batches(problem, torch.float32, device)
