@@ -16,7 +16,7 @@ flags.DEFINE_string(
     "mesh",
     None,
     "Spread the work over devices: a number of them, or all. A CPU is divided into that many, at "
-    "most one per core, which makes training faster. With --distributed: devices of each process.",
+    "most one per core, which makes training faster. In --distributed training: of each process.",
 )
 
 
