@@ -250,8 +250,9 @@ def test_curves_are_of_three_methods(dear):
     assert len(rows) == 3 * 2 * 2  # methods, seeds, points
     losses = [column(rows, name) for name in ("train_loss_nats", "val_loss_nats")]
     assert len(set(np.concatenate(losses).tolist())) == 2 * len(rows)  # each of its own tasks
-    for name in ("train_accuracy", "val_accuracy"):  # of two tasks with two queries of two classes
-        np.testing.assert_allclose(column(rows, name) * 8 % 1, 0, atol=1e-5)
+    for name, queries in (("train_accuracy", 8), ("val_accuracy", 60)):  # of two tasks
+        hits = column(rows, name) * queries
+        np.testing.assert_allclose(hits, hits.round(), atol=1e-3)
 
 
 @pytest.mark.slow
@@ -260,9 +261,8 @@ def test_drift_is_in_degrees_and_starts_from_one_network(dear):
     rows = table(dear[0], "drift")
     assert sorted({float(row["step"]) for row in rows}) == [8, 12]
     for name in ("turn_degrees", "descent_degrees"):
-        values = column(rows, name)
-        assert np.isfinite(values).all()
-        assert values.max() > 3.2  # no radians
+        assert np.isfinite(column(rows, name)).all()
+    assert column(rows, "descent_degrees").max() > 3.2  # no radians
     noisy = [row for row in rows if float(row["sigma"]) == 5]
     plain = [row for row in rows if float(row["sigma"]) == 0]
     assert column(noisy, "descent_degrees").mean() > column(plain, "descent_degrees").mean()
@@ -276,4 +276,5 @@ def test_fine_tuning_starts_at_step_0_with_every_curve(dear):
     assert curves == {"trained, whole", "CP, 30 %", "untrained"}
     assert sorted({float(row["step"]) for row in rows}) == [0, 1, 2]
     # means of two tasks with two queries of two classes
-    np.testing.assert_allclose(column(rows, "accuracy") * 8 % 1, 0, atol=1e-5)
+    hits = column(rows, "accuracy") * 8
+    np.testing.assert_allclose(hits, hits.round(), atol=1e-3)
