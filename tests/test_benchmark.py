@@ -272,7 +272,7 @@ def test_every_choice_of_lowering_is_timed(monkeypatch, tmp_path, capsys):
         assert ways["kind", direction] == ["winograd", "patches", "native"]
         assert ways["pixels", direction] == ["16", "None"]
         assert ways["thin", direction] == ["not written", "written"]
-        assert ways["pool", direction] == ["pool first", "norm first"] * 2
+        assert ways["pool", direction] == ["pool first", "norm first, XLA's pool"] * 2
     assert ways["at_once", "whole"] == ["one", "all"]
     assert "CPU r." in capsys.readouterr().out
 

@@ -316,7 +316,7 @@ def test_channel_shuffle_starts_where_it_is_told_even_in_a_sweep():
         return s
 
     jax.eval_shape(rate, 0.5)
-    with pytest.raises(cli.BadInput, match="give shuffle too"):
+    with pytest.raises(cli.BadInput, match="give shuffle, or leave it out"):
         spec.method("fomaml(lr=0.1)|metamix(start=10)", problem())
 
 
