@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 def convolutions(ways: dict[str, lowering.Lowering]) -> Iterator[Row]:
     """3x3 convolutions, of several tasks where the backend takes them together."""
-    count = 1 if lowering.chosen(None).at_once == 1 else 4
+    count = 1 if lowering.chosen().at_once == 1 else 4
     for name, (n, side, inputs, out) in CONVS.items():
         args = normal((count, n, side, side, inputs), (count, 3, 3, inputs, out))
         conv = lambda how: lambda x, k: jax.vmap(partial(lowering.conv, how=how))(x, k)
@@ -80,18 +80,18 @@ def convolutions(ways: dict[str, lowering.Lowering]) -> Iterator[Row]:
 
 
 def kinds() -> Iterator[Row]:
-    how = lowering.chosen(None)
+    how = lowering.chosen()
     winograd, patches = how._replace(winograd=0), how._replace(winograd=None)
-    native = lowering.Lowering(native=True)
+    native = how._replace(native=True)
     return convolutions({"winograd": winograd, "patches": patches, "native": native})
 
 
 def pixels() -> Iterator[Row]:
-    return convolutions({str(n): lowering.chosen(None)._replace(pixels=n) for n in PIXELS})
+    return convolutions({str(n): lowering.chosen()._replace(pixels=n) for n in PIXELS})
 
 
 def thin() -> Iterator[Row]:
-    how = lowering.chosen(None)
+    how = lowering.chosen()
     for name, (n, side, inputs, out) in BLOCKS.items():
         if inputs <= 3:
             args = normal((n, side, side, inputs), (3, 3, inputs, out), (out,), (out,))
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
     if FLAGS.repeats < 1:
         raise cli.BadInput("--repeats must be 1 or more.")
     folder = None if FLAGS.out is None else store.output(FLAGS.out)
-    print(f"{jax.default_backend()}: {lowering.chosen(None)}")
+    print(f"{jax.default_backend()}: {lowering.chosen()}")
     print(f"{'':<9} {'':<24} {'':<9} {'':<12} {'ms':>9} {'CPU ms':>9} {'ratio':>6} {'CPU r.':>6}")
     rows = []
     for choice in FLAGS.only or CHOICES:

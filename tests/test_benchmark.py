@@ -170,6 +170,15 @@ def test_the_program_times_this_library_alone(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "benchmark.json").exists()
 
 
+@pytest.mark.parametrize(("error", "code"), [(1e-15, 0), (1e-3, 1), (float("nan"), 1)])
+def test_only_a_meta_gradient_that_agrees_passes(monkeypatch, error, code):
+    monkeypatch.setattr(benchmark, "QUICK", {"maml-sinusoid": CASES["sinusoid"]})
+    monkeypatch.setattr(benchmark, "measured", lambda *_: {"errors": {"loop": error}})
+    monkeypatch.setattr(benchmark, "lines", lambda *_: [])
+    monkeypatch.setattr(ours, "matmul_rate", lambda: 1e9)
+    assert start(monkeypatch, benchmark, "--quick", "--peers=") == code
+
+
 def test_a_chunk_takes_its_steps_and_draws_its_tasks(monkeypatch):
     def noisy(method):  # photographs' own transforms take minutes to compile
         move = lambda key, x: x + jax.random.normal(key, x.shape)
