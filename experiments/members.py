@@ -3,6 +3,7 @@
 All entry points share this; it holds no flags.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,10 +18,14 @@ from experiments import cli, runs, scoring
 from experiments.progress import Progress
 from mgaug_jax import checkpoint, sharding, sweeps
 from mgaug_jax.evaluation import Scores, evaluate
-from mgaug_jax.memory import taken
+from mgaug_jax.memory import taken, temporaries
+from mgaug_jax.nets.lowering import convolves
 from mgaug_jax.types import Array
 
 SECONDS, SAVE_SECONDS = 2.0, 120.0
+CACHE = 24e6
+"""Bytes of temporaries that a CPU's caches hold: members that are batched beyond it are slower than
+one after another (measured: see BUILD_NOTES)."""
 SHARED = 0
 """Seed of what all members of a sweep have in common."""
 Point = dict[str, float]
@@ -35,7 +40,8 @@ class Program(NamedTuple):
       begin: `values -> members`.
       advance: `(values, members, step, count) -> (members, losses [K, S])`; the members given are
         used up.
-      memory: `(values, members) -> bytes` per device of `advance`.
+      memory: `(values, members) -> (bytes, bytes of temporaries)` per device of `advance`.
+      cache: So many bytes of temporaries are fast.
       judge: `(values, params, split, seed of episodes) -> scores [K, S, episodes]`, in NumPy.
     """
 
@@ -43,7 +49,8 @@ class Program(NamedTuple):
     least: int
     begin: Callable[[Any], sweeps.Members]
     advance: Callable[..., tuple[sweeps.Members, Array]]
-    memory: Callable[[Any, sweeps.Members], int]
+    memory: Callable[[Any, sweeps.Members], tuple[int, int]]
+    cache: float
     judge: Callable[..., Scores]
 
 
@@ -90,14 +97,19 @@ def program(made: runs.Setup, text: str, point: Point, seeds: int, episodes: int
         whole = scoring.episode_key(seed), made.splits[split]
         return jax.device_get(scores(*runs.put(made, (whole, values)), params))
 
+    def memory(values, members) -> tuple[int, int]:
+        compiled = advance.lower(*given(values, 0, 1), members).compile()
+        return taken(compiled), temporaries(compiled)
+
+    # there members of a network that convolves are taken one after another
+    held = jax.default_backend() == "cpu" and not convolves(net)
     return Program(
         steps=made.config.steps,
         least=1 if made.mesh is None else made.mesh.size,
         begin=begin,
         advance=lambda values, members, step, count: advance(*given(values, step, count), members),
-        memory=lambda values, members: taken(
-            advance.lower(*given(values, 0, 1), members).compile()
-        ),
+        memory=memory,
+        cache=CACHE if held else math.inf,
         judge=judge,
     )
 
@@ -111,21 +123,27 @@ def stacked(points: list[Point], size: int) -> dict[str, Array]:
 def groups(
     program: Program, points: list[Point], done: int, gigabytes: float
 ) -> Iterator[tuple[list[Point], dict[str, Array]]]:
-    """The settings behind the first `done` in groups that fit the memory, by what the compiled
-    program says it needs, each also as arrays of one size, so that all are one program.
+    """The settings behind the first `done` in groups that fit the memory and the cache, by what the
+    compiled program says it needs, each also as arrays of one size, so that all are one program.
     """
     size = -(-len(points) // program.least) * program.least
     while True:
         values = stacked(points, size)
-        needed = program.memory(values, program.begin(values)) / 1e9
-        print(f"{size} settings at once: {needed:.3f} GB per device", flush=True)
-        if needed <= gigabytes:
+        total, temporary = program.memory(values, program.begin(values))
+        mega = f"{temporary / 1e6:.1f} MB of it temporaries"
+        print(f"{size} settings at once: {total / 1e9:.3f} GB per device, {mega}", flush=True)
+        over = max(total / (1e9 * gigabytes), temporary / program.cache)
+        if over <= 1:
             break
         if size == program.least:
-            print(f"note: fewer cannot be, though --memory_gb={gigabytes} is less", flush=True)
+            if total > 1e9 * gigabytes:
+                print(f"note: fewer cannot be, though --memory_gb={gigabytes} is less", flush=True)
             break
-        fits = int(size * gigabytes / needed / 1.05) // program.least
-        size = max(1, fits) * program.least
+        fits = max(1, int(size / over / 1.05) // program.least) * program.least
+        count = -(
+            -len(points) // fits
+        )  # of groups as large as each other, since the last is filled
+        size = -(-len(points) // (count * program.least)) * program.least
     for first in range(done, len(points), size):
         group = points[first : first + size]
         yield group, stacked(group, size)

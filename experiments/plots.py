@@ -164,23 +164,32 @@ def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> None:
-    """Time (left) and memory (right) of a meta-step over each size of its problem."""
+    """Time (left; throughput over configurations that are trained at once) and memory (right) of a
+    meta-step over each size of its problem.
+    """
     plt = pyplot()
-    size = (2.5 * len(labels), 3.2)
-    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
-    axes = axes[0]
-    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+    columns = min(4, len(labels))
+    shape = -(-len(labels) // columns), columns
+    size = (2.9 * columns, 2.6 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(labels) :]:
+        axis.remove()
+    for axis, (name, label) in zip(axes.flat, labels.items(), strict=False):
         of = [row for row in rows if row["axis"] == name]
         at = [row["value"] for row in of]
-        axis.plot(at, [row["seconds"] for row in of], "o-", color="#0072b2")
-        axis.set(xlabel=label, ylim=(0, None))
+        rates = [row["per_second"] for row in of]
+        swept = None not in rates
+        time = rates if swept else [row["seconds"] for row in of]
+        axis.plot(at, time, "o-", color="#0072b2")
+        axis.set(xlabel=label, ylim=(0, 1.1 * max(time)))
+        axis.set_ylabel("meta-steps of one per s" if swept else "seconds", color="#0072b2")
         axis.tick_params(axis="y", colors="#0072b2")
         memory = axis.twinx()
-        memory.plot(at, [(row["temporary"] or 0) / 1e6 for row in of], "s--", color="#d55e00")
-        memory.set_ylim(0)
+        megabytes = [(row["temporary"] or 0) / 1e6 for row in of]
+        memory.plot(at, megabytes, "s--", color="#d55e00")
+        memory.set_ylim(0, 1.1 * max(megabytes) or 1)
+        memory.set_ylabel("temporary memory, MB", color="#d55e00")
         memory.tick_params(axis="y", colors="#d55e00")
-    axes[0].set_ylabel("seconds", color="#0072b2")
-    memory.set_ylabel("temporary memory, MB", color="#d55e00")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

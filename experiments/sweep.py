@@ -10,7 +10,8 @@ be varied; what changes its structure (steps, subnets, another method) cannot: m
 semicolons, with {a,b} for alternatives, are swept one after another.
 
 Settings times seeds are members of one program, as many at once as --memory_gb holds, spread over
-the devices of --mesh. Each is what a run of its own would be (but for the resolutions of
+the devices of --mesh; of a network without convolutions on a CPU, as many as its caches hold, since
+more would be slower. Each is what a run of its own would be (but for the resolutions of
 sub-networks, cp(sizes=...), which all members share); one that becomes not finite stops
 where it was and disturbs no other. Seeds share tasks and initial networks across settings.
 

@@ -13,7 +13,7 @@ import optax
 
 from mgaug_jax.checks import check_function, check_positive, check_probability, known
 from mgaug_jax.learners import transductive
-from mgaug_jax.losses import cross_entropy
+from mgaug_jax.losses import squared_error
 from mgaug_jax.types import (
     Array,
     Examples,
@@ -106,7 +106,7 @@ def metamix(*, law: Law | None = None, shuffle: float | Array = 0.0) -> Modifier
 
     def fits(net: Net, learner: Learner) -> bool:
         mixes = net.part is not None and learner.weights is not None
-        classes = learner.loss is cross_entropy and net.depth > 1
+        classes = learner.loss is not squared_error and net.depth > 1
         return mixes and learner.forward is transductive and (classes or not shuffles)
 
     return with_judge(

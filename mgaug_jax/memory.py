@@ -25,3 +25,9 @@ def taken(compiled: jax.stages.Compiled) -> int:
         return 0
     own = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return own + found.temp_size_in_bytes
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int:
+    """Bytes per device of a compiled program's temporaries; 0 where the backend does not say."""
+    found = compiled.memory_analysis()
+    return 0 if found is None else found.temp_size_in_bytes

@@ -19,8 +19,8 @@ from mgaug_jax.types import Array, Examples, Modifier, Task
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
-HALF_BITS = 11
-"""PIL's weights are multiples of 2^-22; here they are two halves of 11 bits."""
+BITS = 22
+"""PIL's weights are multiples of 2^-22."""
 
 
 def baseline(key: Array, image: Array) -> Array:
@@ -145,8 +145,8 @@ def crop(image: Array, box: Array, size: int) -> Array:
 
     Half-pixel centres, a triangle filter that widens when the box shrinks, and a result rounded to
     8 bits after the horizontal and again after the vertical pass. Equal to PIL's to the last bit
-    while the box shrinks less than 15-fold; Pillow 13 swaps the passes for some boxes taller than
-    `size`, which is a difference of one grey level.
+    while `height^2` and `width^2` are below `2^19 size`; Pillow 13 swaps the passes for some boxes
+    taller than `size`, which is a difference of one grey level.
 
     Args:
       image: `[h, w, c]`, whole numbers in [0, 255].
@@ -154,10 +154,8 @@ def crop(image: Array, box: Array, size: int) -> Array:
       size: Side of the result.
     """
     top, left, height, width = box.astype(jnp.int32)
-    columns = _weights(left, width, image.shape[1], size)
-    rows = _weights(top, height, image.shape[0], size)
-    narrow = _resample("ow,hwc->hoc", columns, image.astype(jnp.float32))
-    return _resample("oh,hwc->owc", rows, narrow).astype(image.dtype)
+    narrow = _resample(image.astype(jnp.int32), left, width, size, axis=1)
+    return _resample(narrow, top, height, size, axis=0).astype(image.dtype)
 
 
 def enhance(
@@ -217,34 +215,38 @@ def _blend(degenerate: Array, image: Array, factor: float | Array) -> Array:
     return jnp.floor(jnp.clip(mixed, 0, 255)).astype(image.dtype)
 
 
-def _weights(start: Array, length: Array, source: int, size: int) -> tuple[Array, Array]:
-    """PIL's interpolation matrix from `length` pixels at `start` to `size`.
+def _resample(image: Array, start: Array, length: Array, size: int, axis: int) -> Array:
+    """PIL's pass along an axis of `int32 [h, w, c]`: `length` pixels at `start` become `size`."""
+
+    def add(total: Array, tap: tuple[Array, Array]):
+        at, weight = tap
+        part = jnp.take(image, at, axis, mode="clip")
+        return total + part * weight.reshape(-1, *(1,) * (2 - axis)), None
+
+    taps = _taps(start, length, image.shape[axis], size)
+    shape = (*image.shape[:axis], size, *image.shape[axis + 1 :])
+    half = jnp.full(shape, 2 ** (BITS - 1), jnp.int32)
+    # Not as one sum, which XLA would make again for every use of a pixel, of which jitter has many.
+    return jax.lax.scan(add, half, taps)[0] >> BITS
+
+
+def _taps(start: Array, length: Array, source: int, size: int) -> tuple[Array, Array]:
+    """Which pixels of `source` make each of `size`, and PIL's weights of them: `int32 [k, size]`,
+    k as many as the longest box takes.
 
     All distances are multiples of 1 / (2 size), so that integers hold them, and a long division
-    gives the very weights PIL rounds to 22 bits.
-
-    Returns:
-      Upper and lower half, each `int32 [size, source]`; the weight is `upper 2^-11 + lower 2^-22`.
+    gives the very weights that PIL rounds to 22 bits.
     """
-    pixel = jnp.arange(source, dtype=jnp.int32) - start
-    centre = (2 * jnp.arange(size, dtype=jnp.int32)[:, None] + 1) * length
-    weight = 2 * jnp.maximum(length, size) - jnp.abs((2 * pixel + 1) * size - centre)
-    weight = jnp.where((pixel >= 0) & (pixel < length), jnp.maximum(weight, 0), 0)
-    total = jnp.sum(weight, axis=1, keepdims=True, dtype=jnp.int32)
-    upper, rest = jnp.divmod(weight << HALF_BITS, total)
-    lower, rest = jnp.divmod(rest << HALF_BITS, total)
-    return upper, lower + (2 * rest >= total)
-
-
-def _resample(axes: str, weights: tuple[Array, Array], x: Array) -> Array:
-    """One pass over an image of whole numbers, rounded to whole numbers.
-
-    Either half times 8 bits, summed, is an integer that float32 holds, so a matrix product is exact
-    and faster than one of integers.
-    """
-    upper, lower = (
-        jnp.einsum(axes, half.astype(jnp.float32), x, precision="highest").astype(jnp.int32)
-        for half in weights
+    centre = (2 * jnp.arange(size, dtype=jnp.int32) + 1) * length
+    reach = 2 * jnp.maximum(length, size)
+    first = (centre - reach + size) // (2 * size)  # the first that is nearer than `reach`
+    count = -(-2 * max(source, size) // size)
+    pixel = first + jnp.arange(count, dtype=jnp.int32)[:, None]
+    weight = jnp.maximum(reach - jnp.abs((2 * pixel + 1) * size - centre), 0)
+    weight = jnp.where((pixel >= 0) & (pixel < length), weight, 0)
+    total = jnp.sum(weight, axis=0, dtype=jnp.int32)
+    upper, rest = jnp.divmod(weight << BITS // 2, total)
+    lower, rest = jnp.divmod(rest << BITS // 2, total)
+    return start + jnp.clip(pixel, 0, length - 1), (upper << BITS // 2) + lower + (
+        2 * rest >= total
     )
-    total = (upper << HALF_BITS) + lower
-    return ((total + 2 ** (2 * HALF_BITS - 1)) >> (2 * HALF_BITS)).astype(jnp.float32)

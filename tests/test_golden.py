@@ -1,4 +1,4 @@
-"""One meta-step of algorithms, pruners and perturbations in float64, against numbers on file.
+"""One meta-step of algorithms, pruners and changes in float64, against numbers on file.
 
 `python tests/test_golden.py` writes them anew; do so only when a change of results is meant.
 """
@@ -22,29 +22,34 @@ from mgaug_jax.types import Examples, Probe, Task
 FILE = pathlib.Path(__file__).with_name("golden.json")
 REFRESH = "python tests/test_golden.py"
 RTOL = 1e-9
-MEASURED = ("maml", "fomaml", "anil", "meta_sgd", "protonet")
+MEASURED = ("maml", "fomaml", "anil", "meta_sgd", "protonet", "lslr")
 CHANGED = ("noise", "noise_update", "noise_outer", "noise_outer_update", "drop", "drop_outer", "l2")
 """Of `maml` with CP; feedback, which needs stored gradients, is made in `measure`."""
+IN_BLOCKS = ("inequality", "entropy", "metamix", "channel_shuffle", "multi_step", "maxup")
+IN_BLOCKS += ("reptile", "mr_weights", "mr_activations", "weight_decay", "shuffle", "rotate", "aug")
+"""The same, of a network of two blocks."""
 NAMES = [f"{algorithm}-{pruner}" for algorithm in MEASURED for pruner in PRUNERS]
-NAMES += [f"maml-cp-{change}" for change in (*CHANGED, "feedback")]
+NAMES += [f"maml-cp-{change}" for change in (*CHANGED, "feedback", *IN_BLOCKS)]
 
 
-def net(way):
-    return net_of(ConvNet(way, 6, 1), (8, 8, 1), conv_roles)
+def net(way, blocks=1):
+    return net_of(ConvNet(way, 6, blocks), (8, 8, 1), conv_roles, depth=blocks)
 
 
 def measure(name: str) -> dict[str, float]:
     """One step's metrics; inputs come from numpy, whose generator does not change."""
     algorithm, pruner, *change = name.split("-")
-    method = PRUNERS[pruner](ALGORITHMS[algorithm](net))
+    blocks = 2 if set(change) & set(IN_BLOCKS) else 1
+    method = PRUNERS[pruner](ALGORITHMS[algorithm](partial(net, blocks=blocks)))
     if change and change != ["feedback"]:
         method = CHANGES[change[0]](method)
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
     shapes = jax.eval_shape(method.algorithm(method.net, method.inner).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: 0.3 * normal(*leaf.shape), shapes)
-    norm = params.net["norm0"]
-    params.net["norm0"] = {**norm, "scale": 0.3 + 0.3 * norm["scale"]}  # no channel dies
+    for block in range(blocks):
+        norm = params.net[f"norm{block}"]
+        params.net[f"norm{block}"] = {**norm, "scale": 0.3 + 0.3 * norm["scale"]}  # none dies
     means = np.random.default_rng(1).normal(size=(2, 3, 8, 8, 1))
 
     def part(n):

@@ -55,7 +55,14 @@ def random_boxes(seed, n, height, width):
 
 @pytest.mark.parametrize(
     ("shape", "size"),
-    [((32, 32, 3), 32), ((84, 84, 3), 84), ((40, 57, 3), 12), ((57, 40, 1), 61), ((90, 90, 1), 6)],
+    [
+        ((32, 32, 3), 32),
+        ((84, 84, 3), 84),
+        ((40, 57, 3), 12),
+        ((57, 40, 1), 61),
+        ((90, 90, 1), 6),
+        ((250, 240, 1), 7),
+    ],
 )
 def test_crop_is_pillows_in_every_pixel(shape, size):
     Image = pytest.importorskip("PIL.Image")

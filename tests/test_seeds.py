@@ -290,4 +290,6 @@ def test_every_row_of_the_catalogue_lowers_its_objective(tmp_path):
     found = json.loads((tmp_path / "catalogue.json").read_text())["rows"]
     assert found.keys() == rows().keys()
     for name, row in found.items():
-        assert row["after"] < row["before"], name
+        # MGAug's objective is a sum over 1 + U networks; aug() leaves 200 steps near chance
+        least = 0.02 if "|aug()" in row["spec"] else 0.1
+        assert row["after"] < (1 - least) * row["before"], name

@@ -226,7 +226,8 @@ def test_groups_fill_one_size_and_go_on_where_they_were():
         least=2,
         begin=lambda values: values,
         advance=None,
-        memory=lambda values, started: int(1e9) * len(started["LR"]),
+        memory=lambda values, started: (int(1e9) * len(started["LR"]), 10 * len(started["LR"])),
+        cache=float("inf"),
         judge=None,
     )
     found = list(members.groups(program, points, 0, 4.3))
@@ -235,3 +236,10 @@ def test_groups_fill_one_size_and_go_on_where_they_were():
     assert [len(group) for group, _ in members.groups(program, points, 4, 4.3)] == [3]
     assert [len(group) for group, _ in members.groups(program, points, 0, 0.1)] == [2, 2, 2, 1]
     assert [len(group) for group, _ in members.groups(program, points, 0, 100)] == [7]
+    small = program._replace(cache=50)  # five settings' temporaries, of an even number four's
+    assert [len(group) for group, _ in members.groups(small, points, 0, 100)] == [4, 3]
+    assert [len(group) for group, _ in members.groups(small, points[:6], 0, 100)] == [4, 2]
+    alone = small._replace(least=1)  # no larger than they need be
+    assert [len(group) for group, _ in members.groups(alone, points[:6], 0, 100)] == [3, 3]
+    tiny = program._replace(cache=1)
+    assert [len(group) for group, _ in members.groups(tiny, points, 0, 100)] == [2, 2, 2, 1]

@@ -20,11 +20,16 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
     "steps": ("inner steps", (1, 2, 5, 10)),
     "image": ("image side", (21, 42, 84)),
     "width": ("channels", (16, 32, 64)),
-    "configurations": ("perceptrons K", (1, 2, 4, 8, 16, 32)),
+    "configurations": ("perceptrons K, T = 25", (1, 2, 4, 8, 16, 32)),
+    "small": ("perceptrons K, T = 4", (1, 4, 8, 16, 32, 64)),
     "networks": ("Conv-4s K", (1, 2, 4)),
 }
-"""What is varied. The last two are configurations of one program, of sinusoids and of images."""
-SWEPT = {"configurations": SINUSOID, "networks": BASE._replace(image=(28, 28, 1), keeps=())}
+"""What is varied. The last three are configurations of one program, of sinusoids and of images."""
+SWEPT = {
+    "configurations": SINUSOID,
+    "small": SINUSOID._replace(tasks=4),
+    "networks": BASE._replace(image=(28, 28, 1), keeps=()),
+}
 
 
 def axes() -> dict[str, tuple[str, Sequence[int]]]:
@@ -66,7 +71,7 @@ def run(folder: Path | None, repeats: int, limit: float) -> int:
             rows.append({**row, "compile": contender.compile, "per_second": rate})
             memory = (contender.temporary or 0) / 1e6
             print(
-                f"{label:<15} {value:4d}  {row['seconds']:8.4f} s  {row['cpu_seconds']:8.4f} CPU s"
+                f"{label:<21} {value:4d}  {row['seconds']:8.4f} s  {row['cpu_seconds']:8.4f} CPU s"
                 f"  {memory:7.1f} MB  compiled in {contender.compile:.1f} s"
                 + ("" if rate is None else f"  {rate:.1f} meta-steps of one per s"),
                 flush=True,

@@ -231,14 +231,18 @@ def _larger(x: Array, y: Array) -> Array:
     return jnp.where(choose, y, x)
 
 
+def convolves(net: Net) -> bool:
+    """Whether a network has convolutions, by its roles."""
+    return any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
+
+
 def map_tasks(net: Net, f: Callable, *batches, at_once: int | None = None):
     """`f` of every task along the leading axis T of `batches`, stacked; `at_once` of them batched.
 
     Unless told, a network that convolves has its lowering's number: where the kernels differ from
     task to task, a CPU is faster taking one after another (its caches hold one).
     """
-    convolves = any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
-    if at_once is None and convolves:
+    if at_once is None and convolves(net):
         at_once = chosen(net.lowering).at_once
     if at_once is None:
         return jax.vmap(f)(*batches)
