@@ -19,13 +19,10 @@ from experiments.progress import Progress
 from mgaug_jax import checkpoint, sharding, sweeps
 from mgaug_jax.evaluation import Scores, evaluate
 from mgaug_jax.memory import taken, temporaries
-from mgaug_jax.nets.lowering import convolves
+from mgaug_jax.nets.lowering import map_size
 from mgaug_jax.types import Array
 
 SECONDS, SAVE_SECONDS = 2.0, 120.0
-CACHE = 24e6
-"""Bytes of temporaries that a CPU's caches hold: members that are batched beyond it are slower than
-one after another (measured: see BUILD_NOTES)."""
 SHARED = 0
 """Seed of what all members of a sweep have in common."""
 Point = dict[str, float]
@@ -41,7 +38,7 @@ class Program(NamedTuple):
       advance: `(values, members, step, count) -> (members, losses [K, S])`; the members given are
         used up.
       memory: `(values, members) -> (bytes, bytes of temporaries)` per device of `advance`.
-      cache: So many bytes of temporaries are fast.
+      batched: Whether all members are computed together, and not one after another.
       judge: `(values, params, split, seed of episodes) -> scores [K, S, episodes]`, in NumPy.
     """
 
@@ -50,7 +47,7 @@ class Program(NamedTuple):
     begin: Callable[[Any], sweeps.Members]
     advance: Callable[..., tuple[sweeps.Members, Array]]
     memory: Callable[[Any, sweeps.Members], tuple[int, int]]
-    cache: float
+    batched: bool
     judge: Callable[..., Scores]
 
 
@@ -101,15 +98,13 @@ def program(made: runs.Setup, text: str, point: Point, seeds: int, episodes: int
         compiled = advance.lower(*given(values, 0, 1), members).compile()
         return taken(compiled), temporaries(compiled)
 
-    # there members of a network that convolves are taken one after another
-    held = jax.default_backend() == "cpu" and not convolves(net)
     return Program(
         steps=made.config.steps,
         least=1 if made.mesh is None else made.mesh.size,
         begin=begin,
         advance=lambda values, members, step, count: advance(*given(values, step, count), members),
         memory=memory,
-        cache=CACHE if held else math.inf,
+        batched=map_size(net) is None,
         judge=judge,
     )
 
@@ -121,18 +116,26 @@ def stacked(points: list[Point], size: int) -> dict[str, Array]:
 
 
 def groups(
-    program: Program, points: list[Point], done: int, gigabytes: float
+    program: Program, points: list[Point], done: int, gigabytes: float, cache: float = math.inf
 ) -> Iterator[tuple[list[Point], dict[str, Array]]]:
-    """The settings behind the first `done` in groups that fit the memory and the cache, by what the
-    compiled program says it needs, each also as arrays of one size, so that all are one program.
+    """The settings behind the first `done` in groups that fit the memory, by what the compiled
+    program says it needs, each also as arrays of one size, so that all are one program.
+
+    Args:
+      program: Of the settings.
+      points: All settings.
+      done: How many to leave out.
+      gigabytes: What a group may take per device.
+      cache: Megabytes that the temporaries of batched members may take, of all devices together.
     """
-    size = -(-len(points) // program.least) * program.least
+    size = math.ceil(len(points) / program.least) * program.least
     while True:
         values = stacked(points, size)
         total, temporary = program.memory(values, program.begin(values))
         mega = f"{temporary / 1e6:.1f} MB of it temporaries"
         print(f"{size} settings at once: {total / 1e9:.3f} GB per device, {mega}", flush=True)
-        over = max(total / (1e9 * gigabytes), temporary / program.cache)
+        held = 1e-6 * temporary * program.least / cache if program.batched else 0
+        over = max(1e-9 * total / gigabytes, held)
         if over <= 1:
             break
         if size == program.least:
@@ -140,10 +143,9 @@ def groups(
                 print(f"note: fewer cannot be, though --memory_gb={gigabytes} is less", flush=True)
             break
         fits = max(1, int(size / over / 1.05) // program.least) * program.least
-        count = -(
-            -len(points) // fits
-        )  # of groups as large as each other, since the last is filled
-        size = -(-len(points) // (count * program.least)) * program.least
+        # as large as each other, since the last is filled
+        count = math.ceil(len(points) / fits)
+        size = math.ceil(len(points) / (count * program.least)) * program.least
     for first in range(done, len(points), size):
         group = points[first : first + size]
         yield group, stacked(group, size)

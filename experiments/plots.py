@@ -164,8 +164,8 @@ def bound(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> None:
-    """Time (left; throughput over configurations that are trained at once) and memory (right) of a
-    meta-step over each size of its problem.
+    """Time (left; throughput, that of one after another being 1, over configurations that are
+    trained at once) and memory (right) of a meta-step over each size of its problem.
     """
     plt = pyplot()
     columns = min(4, len(labels))
@@ -177,12 +177,12 @@ def scaling(rows: list[dict[str, Any]], labels: dict[str, str], path: Path) -> N
     for axis, (name, label) in zip(axes.flat, labels.items(), strict=False):
         of = [row for row in rows if row["axis"] == name]
         at = [row["value"] for row in of]
-        rates = [row["per_second"] for row in of]
-        swept = None not in rates
-        time = rates if swept else [row["seconds"] for row in of]
+        gains = [row["gain"] for row in of]
+        swept = None not in gains
+        time = gains if swept else [row["seconds"] for row in of]
         axis.plot(at, time, "o-", color="#0072b2")
         axis.set(xlabel=label, ylim=(0, 1.1 * max(time)))
-        axis.set_ylabel("meta-steps of one per s" if swept else "seconds", color="#0072b2")
+        axis.set_ylabel("relative throughput" if swept else "seconds", color="#0072b2")
         axis.tick_params(axis="y", colors="#0072b2")
         memory = axis.twinx()
         megabytes = [(row["temporary"] or 0) / 1e6 for row in of]

@@ -10,10 +10,11 @@ be varied; what changes its structure (steps, subnets, another method) cannot: m
 semicolons, with {a,b} for alternatives, are swept one after another.
 
 Settings times seeds are members of one program, as many at once as --memory_gb holds, spread over
-the devices of --mesh; of a network without convolutions on a CPU, as many as its caches hold, since
-more would be slower. Each is what a run of its own would be (but for the resolutions of
-sub-networks, cp(sizes=...), which all members share); one that becomes not finite stops
-where it was and disturbs no other. Seeds share tasks and initial networks across settings.
+the devices of --mesh; on a CPU, of a network without convolutions, as many as keep their
+temporaries below --cache_mb, since more would be slower. Each is what a run of its own would be
+(but for the resolutions of sub-networks, cp(sizes=...), which all members share); one that becomes
+not finite stops where it was and disturbs no other. Seeds share tasks and initial networks across
+settings.
 
 Every member is judged on the same validation and test episodes with its last parameters. The best
 setting is that with the best validation mean over seeds. Writes sweep.csv (one row per member),
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from experiments import (
@@ -49,6 +51,8 @@ from experiments import (
 
 SCORES = ("validation", "test", "test_half_width", "test_step0", "loss")
 COLUMNS = ("method", "seed", *SCORES, "stopped")
+CACHE_MB = 30.0
+"""Measured on one machine, where 30 was fast and 40 slow."""
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(problem)
@@ -61,6 +65,13 @@ flags.DEFINE_integer("design_seed", 0, "Seed of a random or sobol design.")
 flags.DEFINE_integer("seeds", 3, "How many seeds, 0, 1, ..., every setting is trained with.")
 flags.DEFINE_integer("episodes", 200, "Validation and test episodes per member.")
 flags.DEFINE_float("memory_gb", 4.0, "What members trained at once may take, per device.")
+flags.DEFINE_float(
+    "cache_mb",
+    None,
+    "What the temporaries of batched members may take of the caches, of all devices together; 0: "
+    f"anything. Default: {CACHE_MB:.0f} on a CPU, 0 on others.",
+    lower_bound=0,
+)
 flags.DEFINE_string("out", None, "Folder to write to.")
 
 
@@ -152,7 +163,8 @@ def sweep(made, text: str, number: int, points, folder: Path, table, stop) -> No
     if done == len(points):
         return
     program = members.program(made, text, points[0], FLAGS.seeds, FLAGS.episodes)
-    for group, values in members.groups(program, points, done, FLAGS.memory_gb):
+    limits = FLAGS.memory_gb, cache_mb()
+    for group, values in members.groups(program, points, done, *limits):
         size = len(next(iter(values.values())))
         place = folder / "checkpoints" / f"{number}-{done}-{size}"
         label = f"{text}, settings {done + 1} to {done + len(group)} of {len(points)}"
@@ -178,6 +190,14 @@ def sweep(made, text: str, number: int, points, folder: Path, table, stop) -> No
         store.write_json(folder / "sweep.json", table)
         store.write_csv(folder / "sweep.csv", table["rows"])
         shutil.rmtree(place, ignore_errors=True)
+
+
+def cache_mb() -> float:
+    """What temporaries may take."""
+    found = FLAGS.cache_mb
+    if found is None:
+        found = CACHE_MB if jax.default_backend() == "cpu" else 0
+    return found or math.inf
 
 
 def by_setting(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:

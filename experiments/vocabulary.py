@@ -285,6 +285,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
         "large_rotation": (copies.large_rotation,),
         "query_cutmix": (copies.on_query(copies.cutmix),),
         "query_erase": (copies.on_query(copies.erase),),
+        "support_erase": (copies.on_support(copies.erase),),
         "query_self_mix": (copies.on_query(copies.self_mix),),
         "more_shots": (copies.more_shots,),
     },

@@ -145,7 +145,7 @@ def crop(image: Array, box: Array, size: int) -> Array:
 
     Half-pixel centres, a triangle filter that widens when the box shrinks, and a result rounded to
     8 bits after the horizontal and again after the vertical pass. Equal to PIL's to the last bit
-    while `height^2` and `width^2` are below `2^19 size`; Pillow 13 swaps the passes for some boxes
+    while `height^2` and `width^2` are below `2^18 size`; Pillow 13 swaps the passes for some boxes
     taller than `size`, which is a difference of one grey level.
 
     Args:
@@ -247,6 +247,5 @@ def _taps(start: Array, length: Array, source: int, size: int) -> tuple[Array, A
     total = jnp.sum(weight, axis=0, dtype=jnp.int32)
     upper, rest = jnp.divmod(weight << BITS // 2, total)
     lower, rest = jnp.divmod(rest << BITS // 2, total)
-    return start + jnp.clip(pixel, 0, length - 1), (upper << BITS // 2) + lower + (
-        2 * rest >= total
-    )
+    weight = (upper << BITS // 2) + lower + (2 * rest >= total)
+    return start + jnp.clip(pixel, 0, length - 1), weight

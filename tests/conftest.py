@@ -7,6 +7,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 XLA_CACHE = os.path.join(tempfile.gettempdir(), "mgaug_jax_xla")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", XLA_CACHE)
+# Modules forget their programs (below), and workers share none but those on disk.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import jax.numpy as jnp

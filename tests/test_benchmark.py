@@ -249,10 +249,10 @@ def test_scaling_writes_a_row_and_a_curve_for_every_size(monkeypatch, tmp_path, 
         ("configurations", "1"),
         ("configurations", "3"),
     ]
-    assert [row["per_second"] for row in rows] == ["", "", "2.0", "6.0"]
+    assert [row["gain"] for row in rows] == ["", "", "1.0", "3.0"]
     assert int(rows[1]["temporary"]) > int(rows[0]["temporary"]) > 0
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    assert "6.0 meta-steps of one per s" in capsys.readouterr().out
+    assert "3.00 of one after another" in capsys.readouterr().out
 
 
 def test_scaling_varies_one_size_at_a_time():

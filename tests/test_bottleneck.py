@@ -81,6 +81,46 @@ def test_mr_weights_adds_the_divergence_of_the_encoder(x64):
     assert not (added.net["dense0"]["bias"] != 0).any()
 
 
+def test_mr_weights_equals_its_equation(x64):
+    """Weights are drawn as mean plus scale times noise, through which the gradient goes."""
+    net = mlp()
+    method = mr_weights(0.0, start=-1.0)(maml(net, lr=0.5, steps=2))
+    tasks, params = batch(), params_of(method)
+    rng = np.random.default_rng(0)
+    kernel = lambda tree: tree["dense0"]["kernel"]
+    scale = params.extra["scale"]
+    rho = kernel(scale) + rng.normal(size=kernel(scale).shape)
+    scale = {**scale, "dense0": {**scale["dense0"], "kernel": rho}}
+    params = params._replace(extra={"scale": scale})
+    keys = list(task_keys(jax.random.split(zero(), 5)[0], tasks))
+    places = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params.net)]
+    drawn = places.index("['dense0']['kernel']")
+
+    def meta_loss(params):
+        losses = []
+        for t, key in enumerate(keys):
+            k_draw = jax.random.split(jax.random.split(key)[1], len(places))[drawn]
+            noise = jax.random.normal(k_draw, rho.shape, float)
+            spread = jnp.log1p(jnp.exp(kernel(params.extra["scale"])))
+            encoder = {**params.net["dense0"], "kernel": kernel(params.net) + spread * noise}
+            task, rest = row(tasks, t), {k: params.net[k] for k in ("dense1", "head")}
+            outputs = lambda rest, part, encoder=encoder: net.apply(
+                {"dense0": encoder, **rest}, part.x
+            )
+            fit = lambda rest, part, outputs=outputs: cross_entropy(outputs(rest, part), part.y)
+            for _ in range(2):
+                slopes = jax.grad(fit)(rest, task.support)
+                rest = jax.tree.map(lambda w, g: w - 0.5 * g, rest, slopes)
+            losses.append(fit(rest, task.query))
+        return sum(losses) / 2
+
+    want, slope = jax.jit(jax.value_and_grad(meta_loss))(params)
+    got, info = gradient(method, params, tasks)
+    assert float(info["loss"]) == pytest.approx(float(want), rel=1e-10)
+    assert_close(got.net, slope.net)
+    assert_close(kernel(got.extra["scale"]), kernel(slope.extra["scale"]))
+
+
 def steps_with_extra(method, tasks, params):
     learner = trainer(method, optax.sgd(1.0))
     state = learner.init(zero())._replace(params=params)
@@ -150,7 +190,7 @@ def test_mr_activations_equals_its_equation(x64, net):
         params.extra["code"],
     )
     params = params._replace(extra={"code": code})
-    keys = task_keys(jax.random.split(zero(), 5)[0], tasks)
+    keys = list(task_keys(jax.random.split(zero(), 5)[0], tasks))
 
     def one(params, task, keys):
         codes, cost = [], None
@@ -180,7 +220,7 @@ def test_mr_activations_equals_its_equation(x64, net):
         draws = [jax.random.split(key, 3)[1:] for key in keys]
         return sum(one(params, row(tasks, i), draws[i]) for i in range(2)) / 2
 
-    want, slope = jax.value_and_grad(meta_loss)(params)
+    want, slope = jax.jit(jax.value_and_grad(meta_loss))(params)
     grads, info = gradient(method, params, tasks)
     assert float(info["loss"]) == pytest.approx(float(want), rel=1e-9)
     assert_close(grads, slope)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_tasks
 from grid import mlp
 from small import assert_close, batch, conv, differ, gradient, params_of, row, zero
 
@@ -15,12 +16,15 @@ from mgaug_jax import (
     freeze,
     lslr,
     maml,
+    maxup,
     meta_gradient,
     meta_sgd,
     metamix,
+    mr_activations,
     mr_weights,
     multi_step_loss,
     nets,
+    noise,
     pp,
     protonet,
     reptile,
@@ -63,31 +67,27 @@ def test_metamix_equals_its_equation_at_every_layer(x64, net, queries):
     task, layers = row(tasks, 0), set()
     learner = method.algorithm(method.net, method.inner)
     mixed = jax.jit(partial(meta_gradient, metamix()(method)))
+
+    def meta_loss(params, key, lam, pairs, layer):
+        theta = learner.adapt(key, params, task.support).params
+        h = method.net.part(theta, task.query.x, 0, layer)
+        s = method.net.part(theta, task.support.x, 0, layer)
+        h = jnp.stack([lam * h[i] + (1 - lam) * s[pairs[i]] for i in range(len(h))])
+        logits = method.net.part(theta, h, layer, method.net.depth)
+        log_p = logits - jnp.log(jnp.exp(logits).sum(1, keepdims=True))
+        own = -(task.query.y * log_p).sum(1)
+        other = -(task.support.y[pairs] * log_p).sum(1)
+        return jnp.mean(lam * own + (1 - lam) * other)
+
+    slopes = jax.jit(jax.value_and_grad(meta_loss), static_argnums=4)
     for seed in range(8):
         grads, info = mixed(jax.random.key(seed), params, tasks)
         task_key = task_keys(jax.random.split(jax.random.key(seed), 3)[0], tasks)[0]
         k_adapt, k_law, k_layer, k_pairs = jax.random.split(task_key, 4)
         lam = float(jax.random.beta(k_law, 2.0, 2.0))
         layer = int(jax.random.randint(k_layer, (), 0, method.net.depth))
-        n = len(task.query.x)
-        pairs = np.asarray(
-            jax.random.permutation(k_pairs, 3)
-            if n == 3
-            else jax.random.randint(k_pairs, (n,), 0, 3)
-        )
-
-        def meta_loss(params, key=k_adapt, lam=lam, layer=layer, pairs=pairs, n=n):
-            theta = learner.adapt(key, params, task.support).params
-            h = method.net.part(theta, task.query.x, 0, layer)
-            s = method.net.part(theta, task.support.x, 0, layer)
-            h = jnp.stack([lam * h[i] + (1 - lam) * s[pairs[i]] for i in range(n)])
-            logits = method.net.part(theta, h, layer, method.net.depth)
-            log_p = logits - jnp.log(jnp.exp(logits).sum(1, keepdims=True))
-            own = -(task.query.y * log_p).sum(1)
-            other = -(task.support.y[pairs] * log_p).sum(1)
-            return jnp.mean(lam * own + (1 - lam) * other)
-
-        want, slope = jax.value_and_grad(meta_loss)(params)
+        pairs = _pairing(k_pairs, len(task.query.x), 3)
+        want, slope = slopes(params, k_adapt, lam, pairs, layer)
         assert float(info["loss"]) == pytest.approx(float(want), rel=1e-9)
         assert_close(grads, slope)
         layers.add(layer)
@@ -189,7 +189,7 @@ def test_channel_shuffle_equals_its_equation_in_both_loops(x64, pruner):
             y = lam * task.query.y + (1 - lam) * task.support.y[pairs]
             return cross_entropy(logits, y)
 
-        want, slope = jax.value_and_grad(meta_loss)(params.net)
+        want, slope = jax.jit(jax.value_and_grad(meta_loss))(params.net)
         assert float(found.loss) == pytest.approx(float(want), rel=1e-9)
         assert_close(found.grads.net, slope)
         layers.add(layer)
@@ -264,6 +264,41 @@ def test_multi_step_loss_is_the_mean_over_shorter_loops(x64):
         )
 
 
+def noisy(key, task):
+    """A change that is never the same."""
+    x = task.query.x + jax.random.normal(key, task.query.x.shape)
+    return task._replace(query=task.query._replace(x=x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        metamix(),
+        metamix(shuffle=1.0),
+        maxup(pool=[noisy], copies=2),
+        mr_activations(1e-3),
+        mr_weights(1e-3, start=-1.0),
+        noise(0.1),
+    ],
+    ids=["metamix", "channel_shuffle", "maxup", "mr_activations", "mr_weights", "noise"],
+)
+def test_every_task_and_network_has_draws_of_its_own(change):
+    """One task three times and whole sub-networks: nothing but draws can tell losses apart."""
+    seen = []
+
+    def spy(losses):
+        jax.debug.callback(lambda losses: seen.extend(losses.tolist()), losses)
+        return jnp.sum(losses)
+
+    method = pp(keep=1.0, cap=1.0, subnets=2, reduce=spy)(change(maml(mlp(), lr=0.1, steps=1)))
+    tasks = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, 3, axis=0), make_tasks(zero(), 1, shape=(8, 8, 1))
+    )
+    jax.block_until_ready(gradient(method, params_of(method), tasks))
+    jax.effects_barrier()
+    assert len(set(seen)) == 3 * 3
+
+
 def test_outer_losses_refuse_each_other_and_what_they_cannot_do():
     method = maml(mlp())
     with pytest.raises(ValueError, match="Two outer losses"):
@@ -284,17 +319,36 @@ def test_lslr_with_equal_rates_is_maml_and_learns_a_rate_per_step(x64):
     plain, learned = maml(mlp(), lr=0.25, steps=3), lslr(mlp(), lr=0.25, steps=3)
     params = params_of(learned)
     want, _ = gradient(plain, MetaParams(params.net, {}), tasks)
-    got, info = gradient(learned, params, tasks)
+    got, _ = gradient(learned, params, tasks)
     assert_close(got.net, want.net)
     for leaf in jax.tree.leaves(got.extra["lr"]):
         assert leaf.shape == (3,)
         assert (leaf != 0).all()
-    bump = jnp.zeros(3).at[1].set(1e-5)
-    rates = params.extra["lr"]
-    moved = {**rates, "head": {**rates["head"], "kernel": rates["head"]["kernel"] + bump}}
-    _, after = gradient(learned, params._replace(extra={"lr": moved}), tasks)
-    slope = (after["loss"] - info["loss"]) / 1e-5
-    np.testing.assert_allclose(slope, got.extra["lr"]["head"]["kernel"][1], rtol=1e-3)
+
+
+def test_lslr_descends_by_the_rate_of_every_leaf_and_step(x64):
+    tasks, learned = batch(), lslr(mlp(), lr=0.25, steps=3)
+    params = params_of(learned)
+    rng = np.random.default_rng(0)
+    rates = jax.tree.map(lambda r: r * rng.uniform(0.2, 3.0, r.shape), params.extra["lr"])
+    params = params._replace(extra={"lr": rates})
+
+    def meta_loss(params):
+        losses = []
+        for t in range(2):
+            task, theta = row(tasks, t), params.net
+            fit = lambda theta, part: cross_entropy(learned.net.apply(theta, part.x), part.y)
+            for i in range(3):
+                slopes = jax.grad(fit)(theta, task.support)
+                step = lambda w, g, rate, i=i: w - rate[i] * g
+                theta = jax.tree.map(step, theta, slopes, params.extra["lr"])
+            losses.append(fit(theta, task.query))
+        return sum(losses) / 2
+
+    want, slope = jax.jit(jax.value_and_grad(meta_loss))(params)
+    got, info = gradient(learned, params, tasks)
+    assert float(info["loss"]) == pytest.approx(float(want), rel=1e-10)
+    assert_close(got, slope)
 
 
 @pytest.mark.parametrize(

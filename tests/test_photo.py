@@ -61,7 +61,7 @@ def random_boxes(seed, n, height, width):
         ((40, 57, 3), 12),
         ((57, 40, 1), 61),
         ((90, 90, 1), 6),
-        ((250, 240, 1), 7),
+        ((1350, 3, 1), 7),
     ],
 )
 def test_crop_is_pillows_in_every_pixel(shape, size):

@@ -127,6 +127,7 @@ def test_processes_that_would_not_compute_the_same_are_refused(tmp_path):
     assert "process 0: --steps=0 must be 1 or more" in said(out, 1)
 
 
+@pytest.mark.slow
 def test_two_hosts_stream_their_own_images(tmp_path):
     images = ["--data=glyphs", "--net=conv4(width=2)", "--method=protonet()", "--way=3", "--shot=1"]
     images += ["--queries=2", "--test_queries=2", "--labels=exclusive", "--tasks=2"]

@@ -1,19 +1,17 @@
 """The entry points that train several seeds, as a user meets them."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry import Entries
 
 from experiments import cli, loading, scoring, spec, store, vocabulary
 from experiments.seeds import expand, over_seeds
 from mgaug_jax import losses, nets
 
-ROOT = Path(__file__).parents[1]
+ENTRIES = Entries()
 COLUMNS = ("adapted", "step0", "label_memory", "train_loss")
 NUMBERS = ("barrier", "rise", "spread", "cosine", "entropy", "settled", "instability")
 SINES = (
@@ -28,22 +26,22 @@ SINES = (
 )
 
 
-def run(module, *arguments):
-    """An entry point in a process of its own, since entry points define flags of one name."""
-    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    yield
+    ENTRIES.close()
 
 
 def done(module, *arguments) -> str:
     """What it printed, having exited 0."""
-    finished = run(module, *arguments)
+    finished = ENTRIES.run(module, *arguments)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
 
 def refused(module, *arguments) -> str:
     """The one sentence it exits 2 with."""
-    finished = run(module, *arguments)
+    finished = ENTRIES.run(module, *arguments)
     assert finished.returncode == 2, finished.stderr
     lines = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
@@ -141,7 +139,7 @@ def test_a_loss_that_is_not_finite_ends_with_3(tmp_path, module):
     wild = "maml(lr=1e30,steps=2)"
     method = {"grid": f"--methods=maml;{wild}"}.get(module, f"--method={wild}")
     turns = ("--every=2",) if module == "adapt_noise" else ()
-    finished = run(module, *SINES, method, *turns, f"--out={tmp_path}")
+    finished = ENTRIES.run(module, *SINES, method, *turns, f"--out={tmp_path}")
     assert finished.returncode == 3, finished.stderr
     assert "is not finite. Lower a learning rate" in finished.stderr
     if module == "grid":  # the other row is kept
@@ -152,7 +150,8 @@ def test_a_loss_that_is_not_finite_ends_with_3(tmp_path, module):
 def test_a_step_too_far_in_the_outer_loop_ends_with_3(tmp_path, module):
     """The losses are finite up to the last step, which leaves parameters that are not."""
     method = "--methods=maml" if module == "grid" else "--method=maml"
-    finished = run(module, *SINES, "--steps=1", "--outer_lr=1e30", method, f"--out={tmp_path}")
+    arguments = (*SINES, "--steps=1", "--outer_lr=1e30", method, f"--out={tmp_path}")
+    finished = ENTRIES.run(module, *arguments)
     assert finished.returncode == 3, finished.stderr
     assert not list(tmp_path.glob("*.json"))
 
@@ -290,6 +289,6 @@ def test_every_row_of_the_catalogue_lowers_its_objective(tmp_path):
     found = json.loads((tmp_path / "catalogue.json").read_text())["rows"]
     assert found.keys() == rows().keys()
     for name, row in found.items():
-        # MGAug's objective is a sum over 1 + U networks; aug() leaves 200 steps near chance
-        least = 0.02 if "|aug()" in row["spec"] else 0.1
+        # aug() leaves 200 steps near chance, and a body that the inner loop does not move is slow
+        least = 0.02 if name in ("fomaml+aug", "anil") else 0.1
         assert row["after"] < (1 - least) * row["before"], name

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry import Entries
 
 from experiments import design, loading, members, runs, scoring, spec, store
 from experiments.cli import BadInput
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SPEC = "maml(lr=LR,steps=1)|noise(STD)"
 FLAGS = ("--data=sinusoid", "--net=mlp((6,))", "--shot=4", "--queries=4", "--tasks=2")
 FLAGS += ("--seeds=2", "--episodes=10")
+ENTRIES = Entries()
 
 
 def command(out, *more, steps=6, values="LR=0.01,1e30; STD=0,0.5; outer_lr=0.01"):
@@ -33,10 +35,13 @@ def command(out, *more, steps=6, values="LR=0.01,1e30; STD=0,0.5; outer_lr=0.01"
 
 
 def run(*arguments, **options):
-    fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.run(
-        command(*arguments, **options), cwd=ROOT, env=fast, capture_output=True, text=True
-    )
+    return ENTRIES.run("sweep", *command(*arguments, **options)[3:])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    yield
+    ENTRIES.close()
 
 
 # --- designs --------------------------------------------------------------------------------
@@ -226,8 +231,11 @@ def test_groups_fill_one_size_and_go_on_where_they_were():
         least=2,
         begin=lambda values: values,
         advance=None,
-        memory=lambda values, started: (int(1e9) * len(started["LR"]), 10 * len(started["LR"])),
-        cache=float("inf"),
+        memory=lambda values, started: (
+            int(1e9) * len(started["LR"]),
+            int(1e6) * len(started["LR"]),
+        ),
+        batched=True,
         judge=None,
     )
     found = list(members.groups(program, points, 0, 4.3))
@@ -236,10 +244,12 @@ def test_groups_fill_one_size_and_go_on_where_they_were():
     assert [len(group) for group, _ in members.groups(program, points, 4, 4.3)] == [3]
     assert [len(group) for group, _ in members.groups(program, points, 0, 0.1)] == [2, 2, 2, 1]
     assert [len(group) for group, _ in members.groups(program, points, 0, 100)] == [7]
-    small = program._replace(cache=50)  # five settings' temporaries, of an even number four's
-    assert [len(group) for group, _ in members.groups(small, points, 0, 100)] == [4, 3]
-    assert [len(group) for group, _ in members.groups(small, points[:6], 0, 100)] == [4, 2]
-    alone = small._replace(least=1)  # no larger than they need be
-    assert [len(group) for group, _ in members.groups(alone, points[:6], 0, 100)] == [3, 3]
-    tiny = program._replace(cache=1)
-    assert [len(group) for group, _ in members.groups(tiny, points, 0, 100)] == [2, 2, 2, 1]
+
+    def sizes(program, count, cache):  # 1 MB of temporaries per setting and device
+        return [len(g) for g, _ in members.groups(program, points[:count], 0, 100, cache)]
+
+    assert sizes(program, 7, 10) == [4, 3]
+    assert sizes(program, 7, 1) == [2, 2, 2, 1]
+    alone = program._replace(least=1)
+    assert sizes(alone, 6, 5) == [3, 3]  # no larger than they need be
+    assert sizes(program._replace(batched=False), 7, 1) == [7]

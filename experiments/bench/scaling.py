@@ -24,7 +24,8 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
     "small": ("perceptrons K, T = 4", (1, 4, 8, 16, 32, 64)),
     "networks": ("Conv-4s K", (1, 2, 4)),
 }
-"""What is varied. The last three are configurations of one program, of sinusoids and of images."""
+"""What is varied. The last three are configurations of one program, of sinusoids and of images,
+which are compared to one after another."""
 SWEPT = {
     "configurations": SINUSOID,
     "small": SINUSOID._replace(tasks=4),
@@ -62,18 +63,22 @@ def run(folder: Path | None, repeats: int, limit: float) -> int:
             made[value] = make(at(axis, value))
             made[value].step()
         steps = {str(value): contender.step for value, contender in made.items()}
+        if axis in SWEPT:
+            steps["alone"] = ours.in_turn(at(axis, 1)).step
+            steps["alone"]()
         taken = turns.take_turns(steps, repeats, limit)
+        found = {side: turns.summary(taken[side], limit) for side in steps}
         progress.close()
         for value, contender in made.items():
-            row = turns.summary(taken[str(value)], limit)
-            row = {"axis": axis, "value": value, **row, "temporary": contender.temporary}
-            rate = value / row["seconds"] if axis in SWEPT else None
-            rows.append({**row, "compile": contender.compile, "per_second": rate})
+            row = {"axis": axis, "value": value, **found[str(value)]}
+            row |= {"temporary": contender.temporary, "compile": contender.compile}
+            gain = value * found["alone"]["seconds"] / row["seconds"] if axis in SWEPT else None
+            rows.append({**row, "gain": gain})
             memory = (contender.temporary or 0) / 1e6
             print(
                 f"{label:<21} {value:4d}  {row['seconds']:8.4f} s  {row['cpu_seconds']:8.4f} CPU s"
                 f"  {memory:7.1f} MB  compiled in {contender.compile:.1f} s"
-                + ("" if rate is None else f"  {rate:.1f} meta-steps of one per s"),
+                + ("" if gain is None else f"  {gain:.2f} of one after another"),
                 flush=True,
             )
     if folder is not None:

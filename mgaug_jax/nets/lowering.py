@@ -231,9 +231,10 @@ def _larger(x: Array, y: Array) -> Array:
     return jnp.where(choose, y, x)
 
 
-def convolves(net: Net) -> bool:
-    """Whether a network has convolutions, by its roles."""
-    return any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
+def map_size(net: Net) -> int | None:
+    """How many tasks of a network are batched where nobody says; None: all of them."""
+    convolves = any(role.prunable and role.width == 3 for role in jax.tree.leaves(net.roles))
+    return chosen(net.lowering).at_once if convolves else None
 
 
 def map_tasks(net: Net, f: Callable, *batches, at_once: int | None = None):
@@ -242,8 +243,7 @@ def map_tasks(net: Net, f: Callable, *batches, at_once: int | None = None):
     Unless told, a network that convolves has its lowering's number: where the kernels differ from
     task to task, a CPU is faster taking one after another (its caches hold one).
     """
-    if at_once is None and convolves(net):
-        at_once = chosen(net.lowering).at_once
+    at_once = map_size(net) if at_once is None else at_once
     if at_once is None:
         return jax.vmap(f)(*batches)
     batch_size = at_once if at_once > 1 else None
