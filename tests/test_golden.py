@@ -26,8 +26,8 @@ MEASURED = ("maml", "fomaml", "anil", "meta_sgd", "protonet", "lslr")
 CHANGED = ("noise", "noise_update", "noise_outer", "noise_outer_update", "drop", "drop_outer", "l2")
 """Of `maml` with CP; feedback, which needs stored gradients, is made in `measure`."""
 IN_BLOCKS = ("inequality", "entropy", "metamix", "channel_shuffle", "multi_step", "maxup")
-IN_BLOCKS += ("reptile", "mr_weights", "mr_activations", "weight_decay", "shuffle", "rotate", "aug")
-"""The same, of a perceptron of three blocks, which compiles fast."""
+IN_BLOCKS += ("reptile", "mr_weights", "mr_activations", "weight_decay", "shuffle", "rotate")
+"""The same, of a perceptron of three blocks, which compiles fast. (`aug` is float32.)"""
 NAMES = [f"{algorithm}-{pruner}" for algorithm in MEASURED for pruner in PRUNERS]
 NAMES += [f"maml-cp-{change}" for change in (*CHANGED, "feedback", *IN_BLOCKS)]
 
