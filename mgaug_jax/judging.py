@@ -65,7 +65,7 @@ def metamix(*, law: Law | None = None, shuffle: float | Array = 0.0) -> Modifier
     Args:
       law: Of lambda; `beta_law(2)` unless given.
       shuffle: Probability of Channel Shuffle; 1/2 in the source after a warm-up without. May be
-        traced. Classes must have equally many examples.
+        traced. Classes must have equally many examples, which is refused at the first step.
 
     Raises:
       ValueError: The network names no blocks, the method's predictions are not a network's outputs
@@ -152,9 +152,14 @@ def donors(y: Array, order: Array) -> Array:
     `order [W]`.
 
     Raises:
-      ValueError: The classes cannot have equally many examples.
+      ValueError: There is one column, so no classes, or they cannot have equally many examples.
     """
     n, way = y.shape
+    if way < 2:
+        raise ValueError(
+            "Channels were to be exchanged between classes, but these targets are no classes; "
+            "leave shuffle out."
+        )
     if n % way:
         raise ValueError(
             f"Channels were to be exchanged between {way} classes of equally many examples, but "

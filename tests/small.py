@@ -6,10 +6,7 @@ import jax
 import numpy as np
 from conftest import make_tasks
 
-from mgaug_jax import (
-    meta_gradient,
-    trainer,
-)
+from mgaug_jax import meta_gradient, trainer
 from mgaug_jax.nets.adapters import net_of
 from mgaug_jax.nets.backbones import ConvNet, conv_roles
 

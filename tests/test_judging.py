@@ -248,6 +248,11 @@ def test_channel_shuffle_refuses_what_has_no_classes_or_no_hidden_layer():
         metamix()(method)
         with pytest.raises(ValueError, match="classes and more than one block"):
             metamix(shuffle=0.5)(method)
+    own = lambda outputs, y: 2 * cross_entropy(outputs, y)
+    tasks, method = batch(), metamix(shuffle=0.5)(maml(mlp(), loss=own))
+    assert jnp.isfinite(gradient(method, params_of(method), tasks)[1]["loss"])
+    with pytest.raises(ValueError, match="targets are no classes; leave shuffle out"):
+        donors(tasks.query.y[0, :, :1], jnp.arange(1))
 
 
 def test_multi_step_loss_is_the_mean_over_shorter_loops(x64):

@@ -28,6 +28,7 @@ from mgaug_jax import (
 )
 from mgaug_jax.episodes import Images
 from mgaug_jax.losses import cross_entropy, squared_error
+from mgaug_jax.memory import temporaries
 from mgaug_jax.meta import State
 from mgaug_jax.nets.lowering import chosen, map_tasks
 from mgaug_jax.types import Array, Examples, MetaParams, Method, Task, Views
@@ -95,9 +96,8 @@ def compiled(f: Callable[..., Any], *args: Any) -> Contender:
     begin = time.perf_counter()
     program = jax.jit(f).lower(*args).compile()
     seconds = time.perf_counter() - begin
-    memory = program.memory_analysis()
-    size = None if memory is None else memory.temp_size_in_bytes
-    return Contender(lambda: jax.block_until_ready(program(*args)), seconds, size)
+    step = lambda: jax.block_until_ready(program(*args))
+    return Contender(step, seconds, temporaries(program))
 
 
 def step(problem: Problem, how: nets.Lowering | None = None) -> tuple[Callable, tuple]:
